@@ -1,0 +1,44 @@
+"""What the commands share that open a finished run or a plain model."""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from lamina import settings
+from lamina.generate import Sampling
+from lamina.model.weights import ModelSettings
+from lamina.opened import Opened, open_run
+
+_MODEL = {"model": ModelSettings}
+_SAMPLING = {"generate": Sampling}
+
+
+def add_opening(parser: argparse.ArgumentParser, what: str) -> None:
+    """RUN, and how to load it."""
+    parser.add_argument("run", metavar="RUN", help=what)
+    parser.add_argument("--best", action="store_true", help="the run's best adapter instead of its last")
+    settings.add_flags(parser, _MODEL, without={"model"})
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How answers are chosen."""
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the draws, where temperature is above 0"
+    )
+    settings.add_flags(parser, _SAMPLING)
+
+
+def model_changes(given: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the model that flags change."""
+    return dict(settings.read_flags(given, _MODEL).values["model"])
+
+
+def open_given(given: argparse.Namespace) -> Opened:
+    """Opens what the arguments name."""
+    return open_run(given.run, best=given.best, changes=model_changes(given))
+
+
+def sampling_of(given: argparse.Namespace, opened: Opened) -> Sampling:
+    """The run's sampling, with the flags over it."""
+    own = opened.job.generate if opened.job else Sampling()
+    return replace(own, **settings.read_flags(given, _SAMPLING).values["generate"])

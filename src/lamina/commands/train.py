@@ -1,0 +1,67 @@
+"""Fine-tunes a model: a built-in job, a job file, or --model and --data; any setting of a job can be given as a flag.
+
+Everything goes into one folder, runs/<name>-<n> unless --out names another. An interrupted run is saved, and
+`lamina train --resume RUN` goes on exactly where it stopped."""
+
+import argparse
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from lamina import jobfile, settings
+from lamina.errors import ConfigError
+from lamina.job import SECTIONS, Job
+from lamina.report.console import Progress, before_after, safe_json
+from lamina.run import CHANGEABLE, Result, fine_tune, resume
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", nargs="?", metavar="JOB", help="a built-in job (see `lamina jobs`) or a job.toml")
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run where its last saved state stands")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object; the rest to stderr")
+    settings.add_flags(parser, {"": jobfile.Head, **SECTIONS})
+
+
+def run(given: argparse.Namespace) -> None:
+    with closing(Progress(sys.stderr if given.json else sys.stdout)) as progress:
+        if given.resume is None:
+            result = fine_tune(_job(given), progress)
+        else:
+            result = resume(Path(given.resume), _changes(given), progress)
+    show(result, given.json)
+
+
+def _job(given: argparse.Namespace) -> Job:
+    if given.job is None and not {"model.model", "data.data"} <= vars(given).keys():
+        raise ConfigError(
+            "found no job, expected a built-in one (`lamina train demo`), a job.toml (`lamina init` prints one), "
+            "or both --model and --data"
+        )
+    return Job.of(jobfile.load(given.job, SECTIONS, given))
+
+
+def _changes(given: argparse.Namespace) -> dict[str, object]:
+    """The settings that a resumed run changes: few, because it is to be the same run."""
+    if given.job is not None:
+        raise ConfigError(
+            f"found both the job {given.job} and --resume {given.resume}, expected one: a run has its own job"
+        )
+    sections = {"": jobfile.Head, **SECTIONS}
+    flags = settings.read_flags(given, sections).values
+    changes = {name: value for section in flags.values() for name, value in section.items()}
+    if fixed := [s.flag for s in settings.settings(sections) if s.name in changes.keys() - set(CHANGEABLE)]:
+        allowed = ", ".join(s.flag for s in settings.settings(sections) if s.name in CHANGEABLE)
+        raise ConfigError(
+            f"found {', '.join(fixed)} with --resume, expected only {allowed}: a resumed run is the same run; "
+            f"for another one: lamina train {Path(given.resume) / 'job.toml'} {fixed[0]} …"
+        )
+    return changes
+
+
+def show(result: Result, as_json: bool) -> None:
+    """Prints the card of a finished run."""
+    if as_json:
+        print(safe_json({"folder": str(result.folder), "card": result.card.as_json()}))
+    else:
+        before_after(result.card.measures(), result.card.answers(), sys.stdout)
+        print(f"\nThe run is in {result.folder}. Go on with: lamina chat {result.folder}")

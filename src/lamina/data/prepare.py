@@ -1,0 +1,194 @@
+"""The whole road from a data set to what a run trains on and measures itself by.
+
+Rows are read, written as text, tokenised, brought to length and stored, a block at a time, so that a set may be larger
+than memory. The held-out part is chosen afterwards, by a function of seed and content alone: neither the order of the
+rows nor the size of the blocks matters, copies of a row stand on the same side, and rows added later move few others.
+"""
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina.data.examples import DataSettings, read_examples
+from lamina.data.fit import fit
+from lamina.data.forms import Example
+from lamina.data.problems import Problems
+from lamina.data.render import Marked, mark, tokens_of
+from lamina.data.report import DataReport
+from lamina.data.store import TokenStore, TokenWriter
+from lamina.data.templates import ChatFormat, chat_format
+from lamina.errors import DataError
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains on, what it measures itself by, and the account of both."""
+
+    train: TokenStore
+    held_out: TokenStore
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A data set as tokens. ``keys`` tell a row by its whole content, ``pieces`` what is left of it after a cut."""
+
+    store: TokenStore
+    keys: NDArray[np.uint64]
+    pieces: NDArray[np.uint64]
+    count: Counter[str]
+    forms: Counter[str]
+    ignored: Counter[str]
+    lengths: NDArray[np.int64]
+    nothing: tuple[int, ...]
+
+
+def prepare(settings: DataSettings, tokenizer: Any, seed: int, progress: Progress | None = None) -> Prepared:
+    """Reads and renders the data, and holds a part of it out.
+
+    Args:
+        seed: chooses the held-out rows.
+        progress: told the number of rows read so far, after each block.
+
+    Raises:
+        DataError: the data cannot be read or rendered, or nothing is left to train on.
+    """
+    chat = chat_format(tokenizer, settings.template)
+    data = _read(settings, settings.data, settings.split, chat, progress)
+    if not len(data.store):
+        raise DataError(
+            f"{settings.data}: nothing to train on: none of {data.count['rows']:,} rows holds a token to learn within "
+            f"{settings.max_length:,} tokens; see max_length, long and train_on"
+        )
+    report = _report(settings, data, chat)
+    if settings.eval_data is None:
+        held = _choose(data.keys, settings.eval_fraction, seed)
+        copies = held & np.isin(data.pieces, data.pieces[~held])
+        train, held_out = data.store.part(~held), data.store.part(held & ~copies)
+    else:
+        other = _read(settings, settings.eval_data, settings.eval_split, chat, progress)
+        copies = np.isin(other.keys, data.keys) | np.isin(other.pieces, data.pieces)
+        train, held_out = data.store, other.store.part(~copies)
+        if not len(held_out):
+            raise DataError(
+                f"{settings.eval_data}: nothing to measure by: all {int(copies.sum()):,} usable rows also stand in the "
+                "training data"
+            )
+    report |= {"train_rows": len(train), "held_out_rows": len(held_out), "held_out_copies": int(copies.sum())}
+    return Prepared(train, held_out, DataReport(**report))
+
+
+def _read(settings: DataSettings, source: str, split: str, chat: ChatFormat, progress: Progress | None) -> _Read:
+    """Reads one data set to its end."""
+    count, forms, ignored = Counter[str](), Counter[str](), Counter[str]()
+    keys, pieces, lengths, nothing = array("Q"), array("Q"), array("q"), array("q")
+    begins = chat.tokenizer.bos_token_id if chat.bos else None
+    revision = settings.data_revision if source == settings.data else None
+    problems = Problems()
+    with TokenWriter() as writer:
+        examples = read_examples(source, split=split, revision=revision)
+        while block := list(islice(examples, settings.read_ahead)):
+            marked = list(_mark(block, chat, settings.system_prompt, source, problems))
+            for rendered in tokens_of(marked, chat, settings.train_on):
+                kept = fit(rendered, settings.max_length, settings.long, begins, count)
+                whole = _key(rendered.tokens)
+                for piece in kept:
+                    writer.append(piece)
+                    keys.append(_key(piece.tokens) if settings.long == "truncate" else whole)
+                    pieces.append(_key(piece.tokens))
+                    count["ended"] += sum(turn.ended for turn in piece.turns)
+                count["answers"] += len(rendered.turns)
+                count["usable"] += bool(kept)
+                count["targets"] += int(rendered.trained.sum())
+                lengths.append(len(rendered.tokens))
+                if not kept and not (settings.long == "drop" and len(rendered.tokens) > settings.max_length):
+                    nothing.append(rendered.row)
+            count["rows"] += len(block)
+            count["blank_answers"] += sum(item.blank for item in marked)
+            count["bos_held"] += sum(item.bos_held > 0 for item in marked)
+            count["specials_inside"] += sum(_holds_specials(item, chat) for item in block)
+            forms.update(item.form for item in block)
+            ignored.update(name for item in block for name in item.ignored)
+            if progress:
+                progress(count["rows"])
+        problems.check()
+        count["answers"] -= count["lost_answers"]
+        store = writer.store()
+    distinct = np.array(keys, dtype=np.uint64)
+    count["duplicates"] = count.pop("usable", 0) - len(np.unique(distinct))
+    return _Read(
+        store,
+        distinct,
+        np.array(pieces, dtype=np.uint64),
+        count,
+        forms,
+        ignored,
+        np.array(lengths, dtype=np.int64),
+        tuple(nothing),
+    )
+
+
+def _mark(
+    examples: list[Example], chat: ChatFormat, system_prompt: str | None, source: str, problems: Problems
+) -> Iterator[Marked]:
+    for example in examples:
+        try:
+            yield mark(example, chat, system_prompt)
+        except DataError as error:
+            problems.add(f"{source}: row {example.row}", str(error))
+
+
+def _key(tokens: NDArray[np.int32]) -> int:
+    """Tells token sequences apart: 64 bits, so that two of a million rows share one by chance once in 37 million sets."""
+    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
+
+
+def _holds_specials(example: Example, chat: ChatFormat) -> bool:
+    """Whether a message holds the text of a special token, which the tokenizer then reads as that token."""
+    return any(special in message.content for message in example.messages for special in chat.special_texts)
+
+
+def _choose(keys: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """The rows to hold out: those whose seeded hash is among the smallest, at least one and never all of them."""
+    distinct = np.unique(keys)
+    if fraction == 0 or len(distinct) < 2:
+        return np.zeros(len(keys), dtype=np.bool_)
+    number = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
+    order = np.argsort(_mix(distinct ^ _mix(np.array([seed % 2**64], dtype=np.uint64))), kind="stable")
+    return np.isin(keys, distinct[order[:number]])
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele et al. 2014): a permutation of 64-bit numbers without visible pattern."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _report(settings: DataSettings, data: _Read, chat: ChatFormat) -> dict[str, Any]:
+    """The fields of the report that the split does not decide."""
+    median, most = np.percentile(data.lengths, (50, 95)).astype(int).tolist()
+    return {
+        "source": settings.data,
+        "template": chat.name,
+        "long": settings.long,
+        "max_length": settings.max_length,
+        "train_on": settings.train_on,
+        "forms": dict(data.forms.most_common()),
+        "ignored": tuple(name for name, number in data.ignored.items() if number == data.count["rows"]),
+        "lengths": (median, most, int(data.lengths.max())),
+        "tokens": int(data.lengths.sum()),
+        "nothing_to_learn": data.nothing,
+        "held_out_source": settings.eval_data or "",
+        **data.count,
+    }

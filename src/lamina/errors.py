@@ -1,0 +1,40 @@
+"""The errors a user can cause, each told in one line: what was found, what was expected, where, and the next step.
+
+Error
+├── ConfigError      a setting, flag or job file
+├── DataError        a dataset, row or chat template
+├── ModelError       a base model: its config, its weights, its tokenizer
+├── AdapterError     an adapter that does not fit, or fits another base
+├── CheckpointError  a run folder: its lock, its saved state, its version
+└── TrainingError    a run that must not go on: non-finite numbers, matrices without a gradient
+
+Anything that is not an ``Error`` is a bug of ours and ends with its traceback.
+"""
+
+
+class Error(Exception):
+    """Says what the user can mend; the command line prints it in one line and exits with status 2."""
+
+
+class ConfigError(Error):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
+
+
+class DataError(Error):
+    """A dataset cannot be read, or a row cannot be rendered."""
+
+
+class ModelError(Error):
+    """A base model is absent, damaged, or uses a feature that the decoder does not compute."""
+
+
+class AdapterError(Error):
+    """An adapter does not fit the model: all misfits in one message."""
+
+
+class CheckpointError(Error):
+    """A run folder is in use, incomplete, or written by a newer version."""
+
+
+class TrainingError(Error):
+    """Training met a number or a gradient with which it must not go on."""

@@ -1,0 +1,124 @@
+"""A job: everything that decides a run, as sections of settings, and how it lies in a file."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field
+
+from lamina import jobfile, jobs
+from lamina.adapter import LoRA
+from lamina.data.examples import DataSettings
+from lamina.errors import CheckpointError
+from lamina.evaluate import Evaluating
+from lamina.generate import Sampling
+from lamina.jobfile import Head
+from lamina.model.locate import locate
+from lamina.model.weights import ModelSettings
+from lamina.section import section
+from lamina.train.loop import Training
+
+
+@section
+class Watching:
+    """What happens between the steps: evaluating, saving, stopping early."""
+
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations on the held-out rows; unset: five over the run. The base is always evaluated first, and
+    the adapter at the end."""
+
+    save_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between saves of the adapter and of everything that resuming needs; the end and an interrupt save too."""
+
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations without a better one; unset: never."""
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "adapter": LoRA,
+    "train": Training,
+    "watch": Watching,
+    "evaluate": Evaluating,
+    "generate": Sampling,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides a run."""
+
+    model: ModelSettings
+    data: DataSettings
+    adapter: LoRA = field(default_factory=LoRA)
+    train: Training = field(default_factory=Training)
+    watch: Watching = field(default_factory=Watching)
+    evaluate: Evaluating = field(default_factory=Evaluating)
+    generate: Sampling = field(default_factory=Sampling)
+    head: Head = field(default_factory=Head)
+
+    @classmethod
+    def of(cls, sections: Mapping[str, Any]) -> Self:
+        """The job of sections by name, as ``jobfile.load`` returns them."""
+        return cls(**{name or "head": made for name, made in sections.items()})
+
+    def sections(self) -> dict[str, Any]:
+        """The sections by name, as ``jobfile.dump`` takes them."""
+        return {"": self.head, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "head"}}
+
+
+def read_job(folder: Path) -> Job:
+    """The job of a run folder.
+
+    Raises:
+        CheckpointError: the folder is not a run's.
+    """
+    if not (folder / "job.toml").is_file():
+        raise CheckpointError(f"{folder}: found no job.toml, expected the folder of a run")
+    return Job.of(jobfile.load(str(folder / "job.toml"), SECTIONS))
+
+
+def base_folder(model: ModelSettings) -> Path:
+    """Where the files of the base are; a model that is shipped with Lamina has a name of its own."""
+    if model.model.startswith(jobs.PREFIX):
+        return jobs.path(model.model)
+    return locate(model.model, model.revision)
+
+
+def shipped_path(name: str) -> Path:
+    """The place of a file that the job names: shipped with Lamina, or the user's."""
+    return jobs.path(name) if name.startswith(jobs.PREFIX) else Path(name)
+
+
+def shipped(data: DataSettings) -> DataSettings:
+    """The data with names of shipped files resolved; the saved job keeps the names, which mean the same everywhere."""
+    held_out = data.eval_data and str(shipped_path(data.eval_data))
+    return replace(data, data=str(shipped_path(data.data)), eval_data=held_out)
+
+
+def new_folder(head: Head) -> Path:
+    """Makes the folder of a new run: the one named, new or empty, or the next free ``runs/<name>-<n>``.
+
+    Raises:
+        CheckpointError: the named folder holds something.
+    """
+    if head.out is not None:
+        folder = Path(head.out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(
+                f"{folder}: is not empty; to go on with the run in it: lamina train --resume {folder}; for a new one name "
+                f"another --out"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{head.name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError

@@ -1,0 +1,165 @@
+"""The decoder of the Llama family, on packed examples: one page from token ids to hidden states.
+
+Parameter names are those of Hugging Face checkpoints, so weights load without renaming and PEFT adapters fit. In fp32 on a
+CPU the logits equal those of transformers bit for bit; every operation below is therefore in transformers' order. The
+decoder knows no adapters (leaves are replaced), no loss (it returns hidden states) and no cache (attention is handed in).
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lamina.model.architecture import Architecture, Rope
+from lamina.ops.rotary import rotate
+from lamina.ops.shapes import Float, Int
+
+
+@runtime_checkable  # so that the tests can check the annotations that name it
+class Attend(Protocol):
+    """How the tokens of a layer look at each other: packed examples in training, a cache in generation."""
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None
+    ) -> Tensor:  # q [N, H, h], k and v [N, K, h] -> [N, H, h]
+        ...
+
+
+class Norm(nn.Module):
+    """Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467): x / √(mean x² + ε) · weight, reduced in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, a: Architecture, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window, self.head_width = layer, a.windows[layer], a.head_width
+        self.q_proj = nn.Linear(a.width, a.heads * a.head_width, bias=a.qkv_bias)
+        self.k_proj = nn.Linear(a.width, a.kv_heads * a.head_width, bias=a.qkv_bias)
+        self.v_proj = nn.Linear(a.width, a.kv_heads * a.head_width, bias=a.qkv_bias)
+        self.o_proj = nn.Linear(a.heads * a.head_width, a.width, bias=a.output_bias)
+        self.q_norm = Norm(a.head_width, a.norm_eps) if a.qk_norm else nn.Identity()
+        self.k_norm = Norm(a.head_width, a.norm_eps) if a.qk_norm else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "N D"], cos: Tensor, sin: Tensor, attend: Attend) -> Float[Tensor, "N D"]:
+        heads = (x.shape[0], -1, self.head_width)
+        query = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)  # [N, H, h]
+        key = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)  # [N, K, h]
+        value = self.v_proj(x).view(heads)  # [N, K, h]
+        mixed: Tensor = self.o_proj(attend(self.layer, query, key, value, self.window).flatten(1))
+        return mixed
+
+
+class MLP(nn.Module):
+    """The gated MLP, SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(a.width, a.mlp_width, bias=a.mlp_bias)
+        self.up_proj = nn.Linear(a.width, a.mlp_width, bias=a.mlp_bias)
+        self.down_proj = nn.Linear(a.mlp_width, a.width, bias=a.mlp_bias)
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """One decoder layer: attention and MLP, each added to the residual stream after a norm of it."""
+
+    def __init__(self, a: Architecture, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(a.width, a.norm_eps)
+        self.self_attn = Attention(a, layer)
+        self.post_attention_layernorm = Norm(a.width, a.norm_eps)
+        self.mlp = MLP(a)
+
+    def forward(self, x: Float[Tensor, "N D"], cos: Tensor, sin: Tensor, attend: Attend) -> Float[Tensor, "N D"]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and final norm: what checkpoints call ``model``."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(a.vocabulary, a.width)
+        self.layers = nn.ModuleList(Layer(a, layer) for layer in range(a.layers))
+        self.norm = Norm(a.width, a.norm_eps)
+
+
+class Decoder(nn.Module):
+    """A language model of the Llama family, without its loss: token ids to hidden states."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.model = Trunk(architecture)
+        self.lm_head = None if architecture.tied else nn.Linear(architecture.width, architecture.vocabulary, bias=False)
+
+    @property
+    def vocabulary(self) -> Float[Tensor, "V D"]:
+        """The matrix that turns hidden states into logits: the head's weight, or the embedding where they are tied."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def forward(
+        self, tokens: Int[Tensor, " N"], position: Int[Tensor, " N"], attend: Attend, checkpointed: int = 0
+    ) -> Float[Tensor, "N D"]:
+        """Computes the hidden states after the final norm.
+
+        Args:
+            tokens: ids of the packed tokens.
+            position: of each token in its example, from 0.
+            attend: the attention within each example.
+            checkpointed: how many layers, from the first, keep only their input and are computed again in the backward
+                pass (Chen et al. 2016, arXiv:1604.06174).
+        """
+        x = self.model.embed_tokens(tokens)
+        cos, sin = angles(self.architecture.rope, self.architecture.head_width, position, x.dtype)
+        for index, layer in enumerate(self.model.layers):
+            if index < checkpointed and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, attend)
+        hidden: Tensor = self.model.norm(x)
+        return hidden
+
+
+def angles(rope: Rope, head_width: int, position: Int[Tensor, " N"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each [N, h/2], of position · frequency, computed in fp32 and rounded to ``dtype``."""
+    phase = position[:, None].float() * frequencies(rope, head_width).to(position.device)
+    return phase.cos().to(dtype), phase.sin().to(dtype)
+
+
+def frequencies(rope: Rope, head_width: int) -> Float[Tensor, " half"]:
+    """Radians per position of each pair of dimensions, fp32: θ^(-2i/h), stretched for longer contexts where asked.
+
+    ``linear`` divides all by the factor; ``llama3`` divides the slow ones, keeps the fast ones and blends between
+    (Llama 3.1, Dubey et al. 2024, arXiv:2407.21783).
+    """
+    fast = 1.0 / (rope.theta ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width))
+    if rope.kind == "default":
+        return fast
+    slow = fast / rope.factor
+    if rope.kind == "linear":
+        return slow
+    wavelength = 2 * torch.pi / fast
+    longest, shortest = (rope.original_max_position / f for f in (rope.low_freq_factor, rope.high_freq_factor))
+    blend = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - blend) * fast / rope.factor + blend * fast
+    return torch.where(wavelength > longest, slow, torch.where(wavelength < shortest, fast, blended))

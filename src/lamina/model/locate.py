@@ -1,0 +1,70 @@
+"""Where a model's files are: a local folder, or a snapshot of a repository on the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from lamina.errors import ModelError
+
+# What a model needs: never .bin, .pth, .gguf, or the second copy of the weights that some repositories hold.
+PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "LICENSE*"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def locate(name: str | Path, revision: str | None = None) -> Path:
+    """Finds a model's folder, downloading it from the hub when ``name`` is not a local one.
+
+    A connection that is cut goes on within its file; a run that is cut keeps the files that were complete; what is in the
+    cache is used when the hub cannot be reached. Tokens, proxies and the cache's place are those of ``huggingface_hub``
+    (``HF_TOKEN``, ``HF_HOME``, …).
+
+    Raises:
+        ModelError: no such folder, repository or revision; access refused; the hub cannot be reached and the model is
+            not in the cache; no room on the disk.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ModelError(f"{name}: a local folder has no revision {revision!r}; leave --revision out")
+        return folder
+    if not _HUB_ID.fullmatch(str(name)):
+        raise ModelError(f"{name}: no such folder, and not an id on the hub (owner/name); check --model")
+    return _download(str(name), revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is there, but not exported
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+    except GatedRepoError:
+        message = f"access is restricted; accept the licence at huggingface.co/{name}, then run: hf auth login"
+    except RepositoryNotFoundError:
+        message = "no such folder and no such model on the hub, or it is private; check --model, or run: hf auth login"
+    except RevisionNotFoundError:
+        message = f"the model has no revision {revision!r} on the hub; check --revision"
+    except LocalEntryNotFoundError as error:
+        message = f"{_offline(error)}; run once with a connection, or name a local folder as --model"
+    except HfHubHTTPError as error:
+        message = f"the hub answered {error.response.status_code}; run again later: complete files are kept"
+    except HTTPError as error:
+        message = f"the connection to the hub failed ({error}); run again: complete files are kept"
+    except OSError as error:
+        message = f"the download cannot be kept ({error.strerror or error}); HF_HOME sets where downloads go"
+    raise ModelError(f"{name}: {message}")
+
+
+def _offline(error: OSError) -> str:
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    why = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
+    what = "only partly" if isinstance(error, IncompleteSnapshotError) else "not"
+    return f"{why} and the model is {what} in the cache"

@@ -1,0 +1,113 @@
+"""A finished run, or a plain model, opened to be measured, to answer, or to be merged."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lamina.adapter_files import load_adapter
+from lamina.data.prepare import Prepared, prepare
+from lamina.data.render import end_tokens
+from lamina.errors import CheckpointError
+from lamina.evaluate import read_neutral
+from lamina.job import Job, base_folder, read_job, shipped, shipped_path
+from lamina.model.checkpoint import stored_tensors
+from lamina.model.decoder import Decoder
+from lamina.model.tokenizer import load_tokenizer, stop_tokens
+from lamina.model.weights import ModelSettings, load_model
+from lamina.understand.card import Card, both
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its tokenizer; of a run, with its adapter laid on.
+
+    Attributes:
+        name: what was opened, as the user named it.
+        stop: the ids that end an answer.
+        job: the run's; None for a plain model.
+        folder: the run's; None for a plain model.
+    """
+
+    name: str
+    model: Decoder
+    tokenizer: Any
+    stop: set[int]
+    base: Path
+    job: Job | None = None
+    folder: Path | None = None
+
+
+def open_run(name: str | Path, best: bool = False, changes: Mapping[str, Any] | None = None) -> Opened:
+    """Loads a run with its adapter, or a plain model (a folder or a hub id).
+
+    Args:
+        best: the adapter of the best evaluation instead of the last.
+        changes: other values for the run's settings of the model, such as its device.
+
+    Raises:
+        CheckpointError: a run that has not saved such an adapter.
+        ModelError, AdapterError: the model or the adapter cannot be loaded, or do not belong together.
+    """
+    folder, changes = Path(name), dict(changes or {})
+    if not (folder / "job.toml").is_file():
+        settings = ModelSettings(model=str(name), **changes)
+        if "dtype" not in changes:
+            settings = replace(settings, dtype=_stored_dtype(settings))
+        return Opened(str(name), *_load(settings, None))
+    job = read_job(folder)
+    job = replace(job, model=replace(job.model, **changes))
+    adapter = adapter_folder(folder, best)
+    opened = Opened(str(name), *_load(job.model, job.data.template), job, folder)
+    load_adapter(opened.model, adapter)
+    return opened
+
+
+def adapter_folder(run: Path, best: bool) -> Path:
+    """Where the last or the best adapter of a run is.
+
+    Raises:
+        CheckpointError: it has not been saved.
+    """
+    adapter = run / ("best" if best else "adapter")
+    if not adapter.is_dir():
+        why = "no evaluation has passed, or nothing was held out" if best else "it ended before its first save"
+        raise CheckpointError(f"{run}: found no {adapter.name}/ ({why}); go on with: lamina train --resume {run}")
+    return adapter
+
+
+def held_out_of(opened: Opened) -> Prepared:
+    """The data of an opened run: the same rows are held out as in training."""
+    assert opened.job is not None, "a plain model has no data"
+    return prepare(shipped(opened.job.data), opened.tokenizer, opened.job.head.seed)
+
+
+def card_of(opened: Opened) -> Card:
+    """Measures an opened run on its held-out rows, the base beside the adapter."""
+    assert opened.job is not None, "a plain model has no data"
+    return measured(opened.model, opened.tokenizer, opened.stop, held_out_of(opened), opened.job)
+
+
+def measured(model: Decoder, tokenizer: Any, stop: set[int], data: Prepared, job: Job) -> Card:
+    """The card of an adapted model, by the job's settings."""
+    neutral = job.evaluate.neutral
+    windows = read_neutral(shipped_path(neutral), tokenizer, model.architecture.max_position) if neutral else []
+    return both(model, tokenizer, stop, data.held_out, windows, job.evaluate, job.train.micro_batch_tokens)
+
+
+def stops(base: Path, tokenizer: Any, template: str | None) -> set[int]:
+    """The ids that end an answer: the model's own, and the one the template writes."""
+    return stop_tokens(base, tokenizer) | end_tokens(tokenizer, template)
+
+
+def _load(settings: ModelSettings, template: str | None) -> tuple[Decoder, Any, set[int], Path]:
+    base = base_folder(settings)
+    tokenizer = load_tokenizer(base)
+    model = load_model(base, settings.dtype, settings.device)
+    return model, tokenizer, stops(base, tokenizer, template), base
+
+
+def _stored_dtype(settings: ModelSettings) -> Literal["bf16", "fp32"]:
+    """A plain model computes in fp32 when that is how it is stored, else in bf16."""
+    widest = max(tensor.dtype.itemsize for tensor in stored_tensors(base_folder(settings)).values())
+    return "fp32" if widest >= 4 else "bf16"

@@ -1,0 +1,42 @@
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864), in the half-split layout of Hugging Face checkpoints."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamina.ops.shapes import Float
+
+
+def rotate(
+    x: Float[Tensor, "N heads h"], cos: Float[Tensor, "N half"], sin: Float[Tensor, "N half"]
+) -> Float[Tensor, "N heads h"]:
+    """Turns each pair (x_i, x_{i+h/2}) of a head by the angle of its token's position.
+
+    ``out_i = x_i·cos - x_{i+h/2}·sin`` and ``out_{i+h/2} = x_{i+h/2}·cos + x_i·sin``; products and sums are rounded one by
+    one, as transformers does, so that the bits are the same.
+    """
+    return _Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1))  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward of a rotation is the rotation back; autograd's own would keep three copies of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    low, high = x[..., :half], x[..., half:]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.sub(low * cos, high * sin, out=out[..., :half])
+    torch.add(high * cos, low * sin, out=out[..., half:])
+    return out

@@ -1,0 +1,48 @@
+"""What a run says before its first step: the data as the model sees it, what is trained, at which rate."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from lamina.adapter import adapted
+from lamina.data.prepare import Prepared
+from lamina.data.render import show
+from lamina.model.decoder import Decoder
+from lamina.train.loop import Training
+
+
+def data_lines(data: Prepared, tokenizer: Any) -> Iterator[str]:
+    """The account of the data, and two rows with what is learnt from them."""
+    yield from data.report.lines()
+    yield "two rows as the model sees them, what it learns to write in [[ ]]:"
+    for index in range(min(2, len(data.train))):
+        rendered = data.train[index]
+        yield f"  row {rendered.row}: {marked(show(rendered, tokenizer))}"
+
+
+def marked(tokens: list[tuple[str, bool]], longest: int = 90) -> str:
+    """A row in one line, its trained parts in [[ ]], the middle of long parts left out."""
+    parts = []
+    for trained, group in itertools.groupby(tokens, key=lambda token: token[1]):
+        text = "".join(piece for piece, _ in group).replace("\n", "⏎")
+        if len(text) > longest:
+            text = f"{text[: longest // 2]} … {text[-longest // 2 :]}"
+        parts.append(f"[[{text}]]" if trained else text)
+    return "".join(parts)
+
+
+def training_lines(model: Decoder, name: str, training: Training, steps: int, every: int) -> Iterator[str]:
+    """What is frozen, what is trained and saved, and how long and how fast it learns."""
+    modules = adapted(model)
+    trained = sum(module.a.numel() + module.b.numel() for module in modules.values())
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    weights = model.vocabulary
+    yield (
+        f"base: {name}, {frozen:,} frozen parameters, {str(weights.dtype).removeprefix('torch.')} on {weights.device.type}; "
+        f"adapter: {trained:,} parameters in {len(modules)} matrices; saved are A and B only, {4 * trained / 1e6:,.1f} MB"
+    )
+    rule = "" if training.learning_rate else f", the rule of thumb for LoRA at width {model.architecture.width}"
+    yield (
+        f"training: {steps:,} steps of {training.batch_size} examples; learning rate {training.rate(model):.2e} "
+        f"({training.schedule}{rule}); evaluated before the first step, every {every} steps and at the end"
+    )

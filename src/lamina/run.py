@@ -1,0 +1,199 @@
+"""A whole run, from a job to its folder: everything below is composed here, in the order in which it happens.
+
+``fine_tune`` and ``resume`` share ``_go``: read the data, load the base, lay on the adapter, evaluate the base, train, and
+close with the card. What happens between two steps (evaluation, saving, stopping) is the body of one loop.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from lamina import jobfile
+from lamina.adapter import adapted, attach
+from lamina.adapter_files import fingerprint, save_adapter
+from lamina.data.prepare import Prepared, prepare
+from lamina.evaluate import evaluate
+from lamina.job import SECTIONS, Job, base_folder, new_folder, read_job, shipped
+from lamina.model.decoder import Decoder
+from lamina.model.tokenizer import load_tokenizer
+from lamina.model.weights import load_model
+from lamina.opened import Opened, card_of, measured, open_run, stops
+from lamina.report.opening import data_lines, training_lines
+from lamina.report.record import Record, read_metrics, write_json
+from lamina.train.interrupt import Interrupts
+from lamina.train.loop import State, Step, rehearse, start, train
+from lamina.train.resume import Progress, load_state, locked, save_state
+from lamina.understand.card import Card
+
+CHANGEABLE = ("read_ahead", "save_every")
+"""Settings that a resumed run may change, because they change nothing of its result."""
+
+
+class Show(Protocol):
+    """Where a run tells what it does."""
+
+    def line(self, text: str) -> None: ...
+    def start(self, steps: int, done: int) -> None: ...
+    def step(self, step: Step) -> None: ...
+    def evaluation(self, step: int, loss: float) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def line(self, text: str) -> None: ...
+    def start(self, steps: int, done: int) -> None: ...
+    def step(self, step: Step) -> None: ...
+    def evaluation(self, step: int, loss: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder and its card, the base beside the adapter."""
+
+    folder: Path
+    card: Card
+
+
+def fine_tune(job: Job, show: Show | None = None) -> Result:
+    """Runs a job in a new folder.
+
+    Raises:
+        Error: whatever of the job, its model or its data is wrong, in one line; nothing of an earlier run is lost.
+    """
+    folder = new_folder(job.head)
+    with locked(folder):
+        (folder / "job.toml").write_text(jobfile.dump(job.sections()), encoding="utf-8")
+        return _go(job, folder, show or Silent(), resuming=False)
+
+
+def resume(folder: Path, changes: Mapping[str, Any] | None = None, show: Show | None = None) -> Result:
+    """Goes on with a run exactly where its last saved state stands.
+
+    Args:
+        changes: other values for settings named in ``CHANGEABLE``.
+
+    Raises:
+        CheckpointError: no run there, one in use, or one whose data, base or version is another.
+    """
+    job = read_job(folder)
+    job = replace(
+        job,
+        data=replace(job.data, **{k: v for k, v in (changes or {}).items() if k == "read_ahead"}),
+        watch=replace(job.watch, **{k: v for k, v in (changes or {}).items() if k == "save_every"}),
+    )
+    with locked(folder):
+        return _go(job, folder, show or Silent(), resuming=(folder / "state" / "state.safetensors").exists())
+
+
+def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
+    base = base_folder(job.model)
+    tokenizer = load_tokenizer(base)
+    data = prepare(shipped(job.data), tokenizer, job.head.seed)
+    for line in data_lines(data, tokenizer):
+        show.line(line)
+    model = load_model(base, job.model.dtype, job.model.device)
+    attach(model, job.adapter, job.head.seed)
+    run = _Run(job, folder, model, data, start(model, job.train), show)
+    for line in training_lines(model, job.model.model, job.train, run.steps, run.every):
+        show.line(line)
+    run.train(resuming)
+    card = measured(model, tokenizer, stops(base, tokenizer, job.data.template), data, job)
+    write_json(folder / "card.json", _about(job, model, folder) | card.as_json())
+    return Result(folder, card)
+
+
+class _Run:
+    """A run under way: what the loop's body needs at hand."""
+
+    def __init__(self, job: Job, folder: Path, model: Decoder, data: Prepared, state: State, show: Show) -> None:
+        self.job, self.folder, self.model, self.data, self.state, self.show = job, folder, model, data, state, show
+        self.progress = Progress()
+        self.steps = job.train.total_steps(len(data.train))
+        self.every = job.watch.eval_every or max(1, -(-self.steps // 5))
+        self.fingerprints = (data.train.fingerprint, fingerprint(model))
+
+    def train(self, resuming: bool) -> None:
+        """Trains to the end, from the beginning or from the saved state."""
+        if resuming:
+            self.progress = load_state(self.folder, self.model, self.state, *self.fingerprints)
+            self.show.line(f"resuming {self.folder} after step {self.state.step} of {self.steps}")
+        with Record(self.folder, after=self.state.step if resuming else None) as record, Interrupts() as interrupts:
+            self.show.start(self.steps, self.state.step)
+            if not resuming:
+                self.before_first_step(record)
+            patience = self.job.watch.patience
+            steps = train(self.model, self.data.train, self.job.train, self.state, self.job.head.seed)
+            for step in () if self.progress.out_of(patience) else steps:
+                record.step(step)
+                self.show.step(step)
+                last = step.step == self.steps
+                if step.step % self.every == 0 or last:
+                    self.evaluate(record)
+                stop = self.progress.out_of(patience)
+                if last or stop or interrupts.requested or step.step % self.job.watch.save_every == 0:
+                    self.save()
+                if stop:
+                    self.show.line(f"stopped early: {patience} evaluations without a better one")
+                    break
+                if interrupts.requested and not last:
+                    raise KeyboardInterrupt(
+                        f"interrupted after step {step.step} of {self.steps}; everything is saved; "
+                        f"go on with: lamina train --resume {self.folder}"
+                    )
+        if self.progress.best_loss is not None:
+            best = f"best held-out loss {self.progress.best_loss:.4f}, at step {self.progress.best_step}"
+            self.show.line(f"{best}: {self.folder / 'best'}")
+
+    def before_first_step(self, record: Record) -> None:
+        """Meets the longest examples now rather than hours later, and measures the untouched base."""
+        tokens = rehearse(self.model, self.data.train, self.data.train.lengths.tolist(), self.job.train)
+        self.show.line(f"the heaviest micro-batch the data can make ({tokens:,} tokens) was computed once: it fits")
+        self.evaluate(record)
+        save_state(self.folder, self.model, self.state, self.progress, *self.fingerprints)
+
+    def evaluate(self, record: Record) -> None:
+        """Measures the held-out loss, records it, and keeps the adapter if it is the best so far."""
+        if not len(self.data.held_out):
+            return
+        found = evaluate(self.model, self.data.held_out, self.job.train.micro_batch_tokens)
+        record.evaluation(self.state.step, found.loss, found.tokens)
+        self.show.evaluation(self.state.step, found.loss)
+        if self.state.step:
+            self.progress = self.progress.after(self.state.step, found.loss)
+            if self.progress.best_step == self.state.step:
+                self.save_adapter("best")
+
+    def save(self) -> None:
+        """Saves the adapter as it is, and everything that decides the next step."""
+        self.save_adapter("adapter")
+        save_state(self.folder, self.model, self.state, self.progress, *self.fingerprints)
+
+    def save_adapter(self, name: str) -> None:
+        """Saves the adapter in PEFT's format."""
+        settings = self.job.model
+        save_adapter(self.model, self.folder / name, self.job.adapter, settings.model, settings.revision)
+
+
+def _about(job: Job, model: Decoder, folder: Path) -> dict[str, Any]:
+    """What the card says beside the measures: of what, with what, at which cost."""
+    steps = [record for record in read_metrics(folder) if "loss" in record]
+    return {
+        "job": job.head.name,
+        "model": job.model.model,
+        "revision": job.model.revision,
+        "base_fingerprint": fingerprint(model),
+        "adapter_parameters": sum(m.a.numel() + m.b.numel() for m in adapted(model).values()),
+        "steps": len(steps),
+        "tokens": sum(step["tokens"] for step in steps),
+        "supervised_tokens": sum(step["supervised_tokens"] for step in steps),
+        "training_seconds": sum(step["seconds"] for step in steps),
+        "memory_bytes": max(step["memory_bytes"] for step in steps),
+        "versions": {name: version(name) for name in ("lamina", "torch", "transformers")},
+        "device": str(model.vocabulary.device),
+    }
+
+
+__all__ = ["CHANGEABLE", "SECTIONS", "Job", "Opened", "Result", "Show", "card_of", "fine_tune", "open_run", "resume"]

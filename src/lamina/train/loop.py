@@ -1,0 +1,200 @@
+"""The training step, whole: from the rows of a step to the moved adapter.
+
+``train`` is a generator. It yields after every optimiser step, and evaluation, saving, logging and early stopping are
+ordinary code in its caller's loop. One optimiser step takes ``batch_size`` examples; they are packed into as few
+micro-batches as the token budget allows, losses and gradients are **sums** over all of them, and the sum is divided once, by
+the step's supervised tokens. How a step is cut into micro-batches therefore changes nothing but its memory.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lamina.adapter import adapted
+from lamina.data.pack import Batch, pack
+from lamina.data.render import Rendered
+from lamina.model.decoder import Decoder
+from lamina.ops.attention import Packed
+from lamina.ops.loss import cross_entropy_sum
+from lamina.section import section
+from lamina.train.finite import refuse_non_finite, refuse_silent
+from lamina.train.optimizer import Schedule, adamw, rate_factor, rule_of_thumb
+from lamina.train.order import rows_of_step, steps_of
+
+
+@section
+class Training:
+    """The training: how long, how fast, and in what portions."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training rows; not counted when steps is given."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps; if unset, as many as the epochs need."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Examples per optimiser step. Small batches suit LoRA better than large ones."""
+
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 4096
+    """Tokens computed at one time; a step's examples are packed into portions of this size. It changes the memory and the
+    speed, not the result. A longer example is a portion of its own."""
+
+    checkpoint_layers: Annotated[int, Field(ge=0)] = 0
+    """Layers, from the first, that keep only their input and are computed again in the backward pass: less memory, up to a
+    third more time, the same result."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; if unset, 5e-4·(2000/width)^0.781, the rule of thumb for LoRA (2.9e-4 for Llama-2-7B)."""
+
+    schedule: Schedule = "cosine"
+    """How the rate goes on after the warm-up: constant, linear to zero, or cosine to zero."""
+
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of the steps over which the learning rate rises from zero."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of A and B, as a rate per unit of learning rate."""
+
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the whole gradient; a larger one is scaled down to it. Unset: no limit."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of AdamW's two moments."""
+
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's ε."""
+
+    def rate(self, model: Decoder) -> float:
+        """The peak learning rate: the one that was set, or the rule of thumb for this model."""
+        return self.learning_rate or rule_of_thumb(model.architecture.width, model.architecture.family)
+
+    def total_steps(self, examples: int) -> int:
+        """The optimiser steps of the run over so many training examples."""
+        return self.steps or steps_of(examples, self.batch_size, self.epochs)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step did; the record in ``metrics.jsonl`` has these fields."""
+
+    step: int
+    """From 1."""
+    loss: float
+    """Mean over the supervised tokens, in nats, before the step's update."""
+    tokens: int
+    """Real tokens of the step's examples."""
+    supervised_tokens: int
+    learning_rate: float
+    grad_norm: float
+    """Of the whole gradient, before clipping."""
+    seconds: float
+    memory_bytes: int
+    """Peak of the process (CPU) or of the device's allocations (CUDA) so far."""
+
+
+@runtime_checkable  # so that the tests can check the annotations that name it
+class Examples(Protocol):
+    """Rendered examples by index: a list, or a store larger than memory."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Rendered: ...
+
+
+@dataclass
+class State:
+    """What changes from step to step beside the adapter itself: how many steps are done, and AdamW's moments."""
+
+    step: int
+    optimizer: torch.optim.AdamW
+
+
+def start(model: Decoder, training: Training) -> State:
+    """The state before the first step."""
+    trainable = [parameter for module in adapted(model).values() for parameter in (module.a, module.b)]
+    return State(0, adamw(trainable, training.weight_decay, training.betas, training.adam_eps))
+
+
+def train(model: Decoder, examples: Examples, training: Training, state: State, seed: int) -> Iterator[Step]:
+    """Trains the adapter of a model, step by step, from where ``state`` is.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite (the adapter is left as it was before that step), or after the
+            first step some B has no gradient.
+    """
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    peak, steps = training.rate(model), training.total_steps(len(examples))
+    last = None if training.steps else round(len(examples) * training.epochs)
+    while state.step < steps:
+        began = time.perf_counter()
+        model.train()  # whoever looked at the model between two steps may have left it in evaluation mode
+        rows = rows_of_step(state.step, len(examples), training.batch_size, seed, last)
+        batches = pack([examples[row] for row in rows], training.micro_batch_tokens)
+        supervised = sum(batch.supervised for batch in batches)
+
+        torch.manual_seed(_mix(seed, state.step))  # dropout: a function of (seed, step)
+        loss = torch.stack([backward(model, batch, training.checkpoint_layers) for batch in batches]).sum() / supervised
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(supervised)  # the one division
+        norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+        refuse_non_finite(model, loss, norm, batches, state.step + 1)
+        if state.step == 0:
+            refuse_silent(model)
+        if training.clip:
+            nn.utils.clip_grads_with_norm_(parameters, training.clip, norm)
+        rate = peak * rate_factor(state.step, steps, training.schedule, training.warmup)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        tokens = sum(batch.real_tokens for batch in batches)
+        seconds = time.perf_counter() - began
+        yield Step(state.step, loss.item(), tokens, supervised, rate, norm.item(), seconds, memory(loss.device))
+
+
+def backward(model: Decoder, batch: Batch, checkpointed: int = 0) -> Tensor:
+    """One micro-batch forward and backward: adds its gradient to the adapter's, returns the summed loss."""
+    device = model.vocabulary.device
+    hidden = model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), checkpointed)
+    loss, _ = cross_entropy_sum(hidden, model.vocabulary, batch.targets.to(device))
+    loss.backward()
+    return loss.detach()
+
+
+def rehearse(model: Decoder, examples: Examples, lengths: Sequence[int], training: Training) -> int:
+    """Computes the heaviest micro-batch that the run can meet and throws its gradient away: memory runs out now or never.
+
+    Args:
+        lengths: tokens of every example; the longest ones that fit a step are taken.
+
+    Returns:
+        The tokens of that micro-batch.
+    """
+    longest = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))[: training.batch_size]
+    batch = pack([examples[index] for index in longest], training.micro_batch_tokens)[0]
+    with torch.random.fork_rng(devices=[]):
+        model.train()
+        backward(model, batch, training.checkpoint_layers)
+    model.zero_grad(set_to_none=True)
+    return len(batch.tokens)
+
+
+def memory(device: torch.device) -> int:
+    """Peak memory so far, in bytes: the device's allocations on CUDA, the process's resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _mix(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % 2**63

@@ -1,0 +1,150 @@
+"""The code in the pages runs: README.md and docs/*.md, each page's blocks in order, in a folder of its own.
+
+* ``python`` blocks run, and share their names along a page; ``<!-- not run: reason -->`` before a block leaves it out.
+* ``bash`` blocks, and the lines with ``$`` of ``console`` blocks, run after ``<!-- run -->``; most take too long, or a GPU.
+* Every ``lamina …`` line, run or not, is a command with flags that exist.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from markdown_it import MarkdownIt
+
+from lamina import cli
+from lamina.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARK = re.compile(r"<!-- (run|not run: \S.*) -->")
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, the line of its fence (from 0), and the mark before it."""
+
+    language: str
+    text: str
+    line: int
+    mark: str
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The fenced blocks of a page in order."""
+    mark = ""
+    for token in MarkdownIt().parse(text):
+        if token.type == "html_block" and (found := MARK.fullmatch(token.content.strip())):
+            mark = found[1]
+        elif token.type == "fence":
+            assert token.map is not None, "markdown-it gives block tokens their lines"
+            yield Block(token.info.split(" ")[0], token.content, token.map[0], mark)
+            mark = ""
+        elif token.nesting == 0:
+            mark = ""
+
+
+def script(block: Block) -> str:
+    """The commands of a block in a shell's language; the rest of a console block is output."""
+    if block.language in ("bash", "sh"):
+        return block.text
+    return "\n".join(line[2:] for line in block.text.splitlines() if line.startswith("$ "))
+
+
+def run_page(page: Path) -> None:
+    """Runs a page's blocks in the current folder."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "python" and not block.mark.startswith("not run"):
+            source = "\n" * (block.line + 1) + block.text  # so that a traceback names the page's lines
+            exec(compile(source, str(page), "exec"), names)
+        elif block.language in ("bash", "sh", "console") and block.mark == "run":
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", script(block)],
+                env={**os.environ, "PATH": path},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, f"{page.name}:{block.line + 1}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def commands(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The line (from 1) and the words of each ``lamina …`` command in a page's blocks, up to a pipe or redirection."""
+    for block in blocks(text):
+        if block.language in ("bash", "sh", "console"):
+            for number, line in enumerate(block.text.replace("\\\n", "  ").splitlines(), block.line + 2):
+                for found in re.finditer(r"(?:^|[|;&] )(?:\$ )?(?:\S*/)?lamina (?=[a-z])([^|>;&]*)", line):
+                    yield number, shlex.split(found[1], comments=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_exist(page: Path) -> None:
+    for line, (name, *arguments) in commands(page.read_text(encoding="utf-8")):
+        assert name in cli.COMMANDS, f"{page.name}:{line}: lamina {name} is no command"
+        parser = cli.parser_of(name, importlib.import_module(f"lamina.commands.{name}"))
+        try:
+            parser.parse(arguments)
+        except ConfigError as error:
+            pytest.fail(f"{page.name}:{line}: {error}")
+
+
+PAGE = """\
+<!-- not run: it needs a GPU -->
+```python
+1 / 0
+```
+
+```python
+from pathlib import Path
+x = 1
+```
+
+Text between.
+
+<!-- run -->
+```console
+$ echo one > one.txt
+this is output
+```
+
+```bash
+exit 1
+lamina train demo --rank 8 | tee log   # a comment
+printf 'Hello' | lamina chat runs/demo-1
+```
+
+```python
+assert Path("one.txt").read_text() == "one\\n" and x == 1
+```
+"""
+
+
+def test_what_runs_and_what_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    run_page(page)
+    assert list(commands(PAGE)) == [(21, ["train", "demo", "--rank", "8"]), (22, ["chat", "runs/demo-1"])]
+
+    page.write_text(PAGE + "```python\nx / 0\n```\n", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError) as error:
+        run_page(page)
+    assert error.traceback[-1].lineno + 1 == 29
+
+    page.write_text("<!-- run -->\n```bash\nfalse\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match=r"page\.md:2"):
+        run_page(page)

@@ -1,0 +1,192 @@
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from hub import Hub
+from tiny import write_tiny
+
+from lamina.errors import ModelError
+from lamina.model.locate import locate
+from lamina.model.weights import load_model
+
+LOCATE = """
+import sys
+from lamina.errors import ModelError
+from lamina.model.locate import locate
+try:
+    print(locate({name!r}, {revision!r}))
+except ModelError as error:
+    sys.exit("ModelError " + str(error))
+"""
+
+
+def vocabulary(done: CompletedProcess[str]) -> int:
+    """Of the model in the folder that the client has printed."""
+    assert done.returncode == 0, done.stderr
+    return load_model(done.stdout.strip(), "fp32", "cpu").architecture.vocabulary
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "model", shards=2)
+
+
+def find(name: str = "owner/model", revision: str | None = None) -> str:
+    return LOCATE.format(name=name, revision=revision)
+
+
+def test_local_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert locate(model) == locate(str(model)) == model
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert locate("~/model") == model
+
+
+def test_local_folder_has_no_revision(model: Path) -> None:
+    with pytest.raises(ModelError, match="model: a local folder has no revision 'v1'; leave --revision out"):
+        locate(model, "v1")
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent/model", "three/part/name", "model", "owner/..", ""])
+def test_neither_folder_nor_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name == "":  # the empty path is the working directory
+        assert locate(name) == Path()
+        return
+    with pytest.raises(ModelError, match=r"no such folder, and not an id on the hub \(owner/name\); check --model"):
+        locate(name)
+
+
+def test_download_takes_only_what_is_needed(hub: Hub, model: Path, tmp_path: Path) -> None:
+    for extra in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf", "LICENSE.txt", "tokenizer.model"):
+        (model / extra).write_text("x")
+    commit = hub.publish("owner/model", model)
+    done = hub.run(find(), tmp_path / "home")
+    assert vocabulary(done) == 64
+    folder = Path(done.stdout.strip())
+    assert folder.name == commit
+    assert {path.name for path in folder.iterdir()} == {
+        "LICENSE.txt",
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+    }
+
+
+def test_pinned_revision_stays_when_the_branch_moves(hub: Hub, model: Path, tmp_path: Path) -> None:
+    first = hub.publish("owner/model", model, tag="v1")
+    write_tiny(model, vocab_size=96)
+    second = hub.publish("owner/model", model)
+    for revision, commit, size in ((first, first, 64), ("v1", first, 64), (None, second, 96)):
+        done = hub.run(find(revision=revision), tmp_path / "home")
+        assert vocabulary(done) == size
+        assert Path(done.stdout.strip()).name == commit
+
+
+def test_complete_download_serves_without_the_hub(hub: Hub, model: Path, tmp_path: Path) -> None:
+    commit = hub.publish("owner/model", model)
+    assert hub.run(find(), tmp_path / "home").returncode == 0
+    asked = len(hub.requests)
+    offline = hub.run(find(), tmp_path / "home", online=False)
+    unreachable = hub.run(find(), tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
+    pinned = hub.run(find(revision=commit), tmp_path / "home")
+    assert [vocabulary(done) for done in (offline, unreachable, pinned)] == [64, 64, 64]
+    assert len(hub.requests) == asked
+
+
+def test_offline_without_the_model(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.publish("owner/model", model)
+    done = hub.run(find(), tmp_path / "home", online=False)
+    assert done.stderr.splitlines()[-1] == (
+        "ModelError owner/model: HF_HUB_OFFLINE is set and the model is not in the cache; "
+        "run once with a connection, or name a local folder as --model"
+    )
+    assert not hub.requests
+
+
+def test_hub_that_cannot_be_reached(hub: Hub, tmp_path: Path) -> None:
+    done = hub.run(find(), tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")  # the discard port: nobody answers
+    assert "ModelError owner/model: the hub cannot be reached and the model is not in the cache; run" in done.stderr
+
+
+def test_unknown_repository(hub: Hub, tmp_path: Path) -> None:
+    for token in ({}, {"HF_TOKEN": "hf_some"}):
+        done = hub.run(find("owner/absent"), tmp_path / "home", **token)
+        assert "ModelError owner/absent: no such folder and no such model on the hub, or it is private" in done.stderr
+
+
+def test_unknown_revision(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.publish("owner/model", model)
+    done = hub.run(find(revision="v9"), tmp_path / "home")
+    assert "ModelError owner/model: the model has no revision 'v9' on the hub; check --revision" in done.stderr
+
+
+@pytest.mark.parametrize("token", ["", "hf_some"])
+def test_gated_model(hub: Hub, model: Path, tmp_path: Path, token: str) -> None:
+    """Without a token the hub answers 401, with one that has not accepted the licence 403."""
+    hub.publish("owner/model", model)
+    hub.gated.add("owner/model")
+    done = hub.run(find(), tmp_path / "home", HF_TOKEN=token)
+    assert done.stderr.splitlines()[-1] == (
+        "ModelError owner/model: access is restricted; accept the licence at huggingface.co/owner/model, "
+        "then run: hf auth login"
+    )
+
+
+def test_connection_cut_inside_a_file_goes_on_there(hub: Hub, tmp_path: Path) -> None:
+    """huggingface_hub keeps what it has received in pieces of 10 MiB; the file has 14 MB."""
+    hub.publish("owner/model", write_tiny(tmp_path / "model", vocab_size=54000))
+    hub.cuts["model.safetensors"] = [12_000_000]
+    done = hub.run(find(), tmp_path / "home")
+    assert vocabulary(done) == 54000
+    asked = [request.split("/")[-1] for request in hub.requests if request.startswith("GET /owner")]
+    assert set(asked) == {"config.json", "model.safetensors", f"model.safetensors bytes={10 * 2**20}-"}
+
+
+def test_cut_run_keeps_complete_files(hub: Hub, model: Path, tmp_path: Path) -> None:
+    """The hub fails inside one shard: a clear message; offline then says partly; the next run asks for that shard only."""
+    shard, home = "model-00001-of-00002.safetensors", tmp_path / "home"
+    hub.publish("owner/model", model)
+    hub.failing.add(shard)
+    done = hub.run(find(), home)
+    assert "ModelError owner/model: the hub answered 418; run again later: complete files are kept" in done.stderr
+    offline = hub.run(find(), home, online=False)
+    assert "ModelError owner/model: HF_HUB_OFFLINE is set and the model is only partly in the cache" in offline.stderr
+    hub.failing.clear()
+    hub.requests.clear()
+    again = hub.run(find(), home)
+    assert vocabulary(again) == 64
+    assert [request.split("/")[-1] for request in hub.requests if request.startswith("GET /owner")] == [shard]
+
+
+def test_connection_that_is_reset(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.publish("owner/model", model)
+    hub.resets.add("model-00001-of-00002.safetensors")
+    done = hub.run(find(), tmp_path / "home")
+    assert "ModelError owner/model: the connection to the hub failed (" in done.stderr
+    assert "run again: complete files are kept" in done.stderr
+
+
+def test_cache_that_cannot_be_written(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.publish("owner/model", model)
+    (tmp_path / "home").write_text("a file where the cache's folder should be")
+    done = hub.run(find(), tmp_path / "home")
+    assert "ModelError owner/model: the download cannot be kept (Not a directory); HF_HOME sets where" in done.stderr
+
+
+def test_model_published_only_as_pickle(hub: Hub, model: Path, tmp_path: Path) -> None:
+    for file in model.glob("model*"):
+        file.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"x")
+    hub.publish("owner/model", model)
+    done = hub.run(find(), tmp_path / "home")
+    with pytest.raises(ModelError, match=r"no model.safetensors and no model.safetensors.index.json; choose a model"):
+        vocabulary(done)

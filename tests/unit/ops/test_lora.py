@@ -1,0 +1,107 @@
+"""The adapted projection: gradients by finite differences, bits of the plain formula, errors in bf16."""
+
+import pytest
+import torch
+from models import error
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamina.ops.lora import adapted_linear, plain
+
+SCALE = 1.7  # no power of two, so that a scale in the wrong place would show in the bits
+
+
+def operands(dtype: torch.dtype, tokens: int = 5, inputs: int = 7, outputs: int = 6, rank: int = 3) -> list[Tensor]:
+    """x, dropped x, W, bias, A, B."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, inputs, dtype=torch.float64)
+    shapes = ((outputs, inputs), (outputs,), (rank, inputs), (outputs, rank))
+    rest = [torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5 for shape in shapes]
+    return [tensor.to(dtype) for tensor in (x, F.dropout(x, 0.5), *rest)]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("x_learns", [False, True])
+def test_gradients_without_dropout(with_bias: bool, x_learns: bool) -> None:
+    x, _, weight, bias, a, b = operands(torch.float64)
+
+    def op(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return adapted_linear(x, x, weight, bias if with_bias else None, a, b, SCALE)
+
+    inputs = (x.requires_grad_(x_learns), a.requires_grad_(), b.requires_grad_())
+    assert torch.autograd.gradcheck(op, inputs)
+
+
+@pytest.mark.parametrize("x_learns", [False, True])
+@pytest.mark.parametrize("dropped_learns", [False, True])
+def test_gradients_with_dropout(x_learns: bool, dropped_learns: bool) -> None:
+    x, dropped, weight, bias, a, b = operands(torch.float64)
+
+    def op(x: Tensor, dropped: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return adapted_linear(x, dropped, weight, bias, a, b, SCALE)
+
+    inputs = (
+        x.requires_grad_(x_learns),
+        dropped.requires_grad_(dropped_learns),
+        a.requires_grad_(),
+        b.requires_grad_(),
+    )
+    assert torch.autograd.gradcheck(op, inputs)
+
+
+def test_an_input_that_does_not_learn_gets_no_gradient() -> None:
+    x, dropped, weight, _, a, b = operands(torch.float32)
+    adapted_linear(x, dropped, weight, None, a.requires_grad_(), b.requires_grad_(), SCALE).sum().backward()
+    assert x.grad is None and dropped.grad is None and weight.grad is None
+    assert a.grad is not None and b.grad is not None
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs", "rank"), [(1, 8, 8, 1), (33, 65, 17, 5), (128, 96, 160, 16)])
+def test_fp32_bits_are_those_of_the_formula(tokens: int, inputs: int, outputs: int, rank: int, with_bias: bool) -> None:
+    x, dropped, weight, bias, a, b = operands(torch.float32, tokens, inputs, outputs, rank)
+    given = (weight, bias if with_bias else None, a, b, SCALE)
+    assert torch.equal(adapted_linear(x, x, *given), plain(x, x, *given))
+    assert torch.equal(adapted_linear(x, dropped, *given), plain(x, dropped, *given))
+
+
+def gradients(op: object, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    x, a, b = (tensor.detach().requires_grad_() for tensor in (x, a, b))
+    assert callable(op)
+    out = op(x, x, weight, None, a.to(x.dtype) if op is plain else a, b.to(x.dtype) if op is plain else b, SCALE)
+    out.backward(upstream.to(out.dtype))
+    assert x.grad is not None and a.grad is not None and b.grad is not None
+    return {"out": out.detach(), "x": x.grad, "a": a.grad, "b": b.grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_that_of_the_formula(dtype: torch.dtype) -> None:
+    """1.2: the rule of the house for two orders of rounding. Masters are fp32, so the truth knows their low bits."""
+    x, _, weight, _, a, b = operands(torch.float32, 200, 96, 160, 8)
+    x, weight = x.to(dtype), weight.to(dtype)
+    upstream = torch.randn(200, 160).to(dtype)
+    wide = (tensor.double() for tensor in (x, weight, a, b, upstream))
+    truth = gradients(plain, *wide)
+    ours, reference = (gradients(op, x, weight, a, b, upstream) for op in (adapted_linear, plain))
+    for name in truth:
+        assert error(ours[name], truth[name]) <= 1.2 * error(reference[name], truth[name]), name
+
+
+def test_masters_of_a_bf16_model_get_fp32_gradients() -> None:
+    x, _, weight, _, a, b = operands(torch.float32)
+    x, weight = x.bfloat16(), weight.bfloat16()
+    out = adapted_linear(x, x, weight, None, a.requires_grad_(), b.requires_grad_(), SCALE)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert a.grad is not None and a.grad.dtype == torch.float32
+    assert b.grad is not None and b.grad.dtype == torch.float32
+
+
+def test_b_zero_is_the_base_and_only_b_learns() -> None:
+    x, _, weight, bias, a, b = operands(torch.float32)
+    a, b = a.requires_grad_(), torch.zeros_like(b).requires_grad_()
+    out = adapted_linear(x, x, weight, bias, a, b, SCALE)
+    assert torch.equal(out, F.linear(x, weight, bias))
+    out.sum().backward()
+    assert a.grad is not None and not a.grad.any()
+    assert b.grad is not None and b.grad.all()

@@ -1,0 +1,127 @@
+"""The loss from hidden states: torch's cross-entropy, without its logits."""
+
+import pytest
+import torch
+from models import error
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamina.ops import loss
+from lamina.ops.loss import IGNORED, SLICE, cross_entropy_sum, token_scores
+
+MASKS = {
+    "answers": lambda rows: torch.arange(rows) % 3 == 0,
+    "all": lambda rows: torch.ones(rows, dtype=torch.bool),
+    "none": lambda rows: torch.zeros(rows, dtype=torch.bool),
+    "last": lambda rows: torch.arange(rows) == rows - 1,
+}
+
+
+def case(rows: int, mask: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [rows, 12], a vocabulary [37, 12], targets."""
+    torch.manual_seed(rows)
+    targets = torch.randint(37, (rows,)).where(MASKS[mask](rows), IGNORED)
+    return torch.randn(rows, 12, dtype=dtype), torch.randn(37, 12, dtype=dtype), targets
+
+
+@pytest.mark.parametrize("mask", ["answers", "all", "none", "last"])
+@pytest.mark.parametrize("rows", [1, 511, 512, 513, 3 * SLICE + 1])
+def test_sum_count_and_gradient_are_those_of_torch(rows: int, mask: str) -> None:
+    """In float64: 1e-12 is 4,500 ε, for sums of up to 1,537 rows whose terms are a few nats each."""
+    hidden, vocabulary, targets = case(rows, mask)
+    reference = hidden.clone().requires_grad_()
+    expected = F.cross_entropy(reference @ vocabulary.t(), targets, reduction="sum", ignore_index=IGNORED)
+    hidden.requires_grad_()
+    total, count = cross_entropy_sum(hidden, vocabulary, targets)
+    (3.0 * expected).backward()
+    (3.0 * total).backward()
+    assert count == int((targets != IGNORED).sum())
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(hidden.grad, reference.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "SLICE", 4)
+    hidden, vocabulary, targets = case(11, "answers")
+    assert torch.autograd.gradcheck(lambda h: cross_entropy_sum(h, vocabulary, targets)[0], hidden.requires_grad_())
+
+
+def test_slices_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, vocabulary, targets = case(100, "all", torch.float32)
+    found = []
+    for rows in (7, 100):
+        monkeypatch.setattr(loss, "SLICE", rows)
+        leaf = hidden.clone().requires_grad_()
+        cross_entropy_sum(leaf, vocabulary, targets)[0].backward()
+        found.append(leaf.grad)
+    # Each row has its own GEMM row of 12 + 37 products: a few ε of 1.2e-7, on gradients of about 1.
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_in_evaluation_no_gradient_is_computed() -> None:
+    hidden, vocabulary, targets = case(20, "all")
+    total, _ = cross_entropy_sum(hidden, vocabulary, targets)
+    assert not total.requires_grad
+
+
+def test_vocabulary_is_frozen() -> None:
+    hidden, vocabulary, targets = case(20, "all")
+    vocabulary.requires_grad_()
+    cross_entropy_sum(hidden.requires_grad_(), vocabulary, targets)[0].backward()
+    assert vocabulary.grad is None
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden = torch.tensor([[1000.0, 0.0]], requires_grad=True)
+    vocabulary = torch.tensor([[100.0, 0.0], [-100.0, 0.0], [0.0, 1.0]])
+    total, _ = cross_entropy_sum(hidden, vocabulary, torch.tensor([1]))
+    total.backward()
+    assert total.item() == 200_000.0
+    assert torch.equal(hidden.grad, torch.tensor([[200.0, 0.0]]))
+
+
+def test_unsupervised_rows_are_not_read() -> None:
+    hidden, vocabulary, targets = case(20, "answers")
+    hidden[targets == IGNORED] = float("nan")
+    total, _ = cross_entropy_sum(hidden.requires_grad_(), vocabulary, targets)
+    total.backward()
+    assert total.isfinite() and hidden.grad is not None and hidden.grad.isfinite().all()
+    assert not hidden.grad[targets == IGNORED].any()
+
+
+def test_bf16_error_is_at_most_that_of_plain_torch() -> None:
+    """1.2: the rule of the house for two orders of rounding in the same precision."""
+    hidden, vocabulary, targets = case(1000, "all", torch.bfloat16)
+
+    def plain(h: Tensor, v: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, v).to(torch.promote_types(h.dtype, torch.float32)), targets, reduction="sum")
+
+    runs = {}
+    for name, op, cast in (
+        ("truth", plain, torch.float64),
+        ("plain", plain, torch.bfloat16),
+        ("ours", lambda h, v: cross_entropy_sum(h, v, targets)[0], torch.bfloat16),
+    ):
+        leaf = hidden.to(cast).requires_grad_()
+        total = op(leaf, vocabulary.to(cast))
+        total.backward()
+        runs[name] = (total.detach(), leaf.grad)
+    assert runs["ours"][0].dtype == torch.float32
+    truth, reference, ours = runs["truth"], runs["plain"], runs["ours"]
+    # The sum is one number, and its error a matter of luck: allow what rounding each logit to bf16 may cost at random,
+    # √1000 rows · |logit| ~ 3.5 · 2⁻⁹.
+    assert abs(ours[0].double() - truth[0]) <= 1.2 * abs(reference[0].double() - truth[0]) + 1000**0.5 * 3.5 * 2**-9
+    assert error(ours[1], truth[1]) <= 1.2 * error(reference[1], truth[1])
+
+
+@pytest.mark.parametrize("rows", [1, SLICE, SLICE + 1])
+@pytest.mark.parametrize("mask", ["answers", "none"])
+def test_token_scores(rows: int, mask: str) -> None:
+    hidden, vocabulary, targets = case(rows, mask, torch.float32)
+    losses, correct = token_scores(hidden, vocabulary, targets)
+    supervised = targets != IGNORED
+    expected = F.cross_entropy((hidden @ vocabulary.t())[supervised], targets[supervised], reduction="none")
+    assert losses.dtype == torch.float32
+    # Logits of 12 products each, summed in another order: |logit| ~ 15, ε = 1.2e-7, a dozen roundings.
+    torch.testing.assert_close(losses, expected, rtol=0, atol=2e-5)
+    assert torch.equal(correct, ((hidden @ vocabulary.t()).argmax(1) == targets)[supervised])

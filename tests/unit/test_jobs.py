@@ -1,0 +1,86 @@
+"""The built-in jobs are complete, valid, and say what they differ in."""
+
+import re
+import tomllib
+
+import pytest
+
+from lamina import jobfile, jobs
+from lamina.errors import ConfigError
+from lamina.job import SECTIONS, Job
+from lamina.jobfile import Head
+from lamina.settings import Layer, build, read_toml, settings
+
+WHOLE = {"": Head, **SECTIONS}
+
+
+def job_of(name: str) -> Job:
+    """The job, with the base in bf16 where it asks for a form that is not computed yet."""
+    layer = jobfile.read(jobfile.find(name), WHOLE)
+    base = layer.values["model"].get("base")
+    instead = {"base": "none"} if base == "nf4" else {}
+    return Job.of(build(WHOLE, layer, Layer({"model": instead}, lambda setting: setting.flag)))
+
+
+def test_there_are_the_reference_jobs_and_the_demo() -> None:
+    assert jobs.names() == ["demo", "guanaco-7b", "kdnuggets", "miniguanaco", "miniguanaco-faithful"]
+
+
+@pytest.mark.parametrize("name", jobs.names())
+def test_a_built_in_job_is_valid_and_bears_its_name(name: str) -> None:
+    assert job_of(name).head.name == name
+    assert len(jobs.summary(name)) <= 110
+
+
+@pytest.mark.parametrize("name", jobs.names())
+def test_a_built_in_job_names_every_setting_and_says_nothing_twice(name: str) -> None:
+    text = jobs.path(f"{name}.toml").read_text(encoding="utf-8")
+    section, found = "", []
+    for line in text.splitlines():
+        if table := re.fullmatch(r"\[(\w+)\]", line):
+            section = table[1]
+        elif key := re.match(r'(?:(\w+) = |# (\w+) = "none"$)', line):
+            found.append((section, key[1] or key[2]))
+    assert found == [("", "version"), *((s.section, s.name) for s in settings(WHOLE))]
+
+
+@pytest.mark.parametrize("name", jobs.names())
+def test_what_a_built_in_job_comments_out_is_the_default(name: str) -> None:
+    text = jobs.path(f"{name}.toml").read_text(encoding="utf-8")
+    said = tomllib.loads(re.sub(r'^# (\w+ = "none")$', r"\1", text, flags=re.MULTILINE))
+    said.pop("version")
+    stated = build(
+        WHOLE, read_toml(said, WHOLE, name), Layer({"model": {"base": "none"}}, lambda setting: setting.flag)
+    )
+    job = job_of(name)
+    assert Job.of(stated) == job
+
+
+def test_a_job_that_asks_for_nf4_names_the_flag_that_runs_without_it() -> None:
+    asking = [name for name in jobs.names() if 'base = "nf4"' in jobs.path(f"{name}.toml").read_text(encoding="utf-8")]
+    assert asking == ["guanaco-7b", "kdnuggets", "miniguanaco", "miniguanaco-faithful"]
+    for name in asking:
+        with pytest.raises(ConfigError, match="NF4 comes with a later version; run with --base bf16"):
+            jobfile.load(name, SECTIONS)
+
+
+def test_the_faithful_job_is_as_published() -> None:
+    job = job_of("miniguanaco-faithful")
+    assert (job.adapter.rank, job.adapter.alpha, job.adapter.dropout) == (64, 16.0, 0.1)
+    assert job.adapter.targets == ("q_proj", "v_proj")
+    assert (job.train.batch_size, job.train.epochs, job.train.steps) == (4, 1.0, None)
+    assert (job.train.learning_rate, job.train.schedule, job.train.warmup) == (2e-4, "cosine", 0.03)
+    assert (job.train.weight_decay, job.train.clip) == (0.001, 0.3)
+    assert (job.data.train_on, job.data.max_length, job.data.long, job.data.eval_fraction) == (
+        "everything",
+        1024,
+        "truncate",
+        0.0,
+    )
+
+
+def test_a_job_survives_the_way_through_its_file() -> None:
+    job = job_of("demo")
+    text = jobfile.dump(job.sections())
+    again = build(WHOLE, read_toml({k: v for k, v in tomllib.loads(text).items() if k != "version"}, WHOLE, "job.toml"))
+    assert Job.of(again) == job

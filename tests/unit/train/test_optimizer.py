@@ -1,0 +1,64 @@
+"""The learning rate: rule of thumb and schedules; what AdamW is given."""
+
+import pytest
+import torch
+from torch import nn
+
+from lamina.train.optimizer import Schedule, adamw, rate_factor, rule_of_thumb
+
+SCHEDULES: list[Schedule] = ["constant", "linear", "cosine"]
+
+
+def test_rule_of_thumb() -> None:
+    assert rule_of_thumb(4096, "llama") == pytest.approx(2.86e-4, rel=2e-3)
+    assert rule_of_thumb(2000, "llama") == rule_of_thumb(2000, "qwen3") == 5e-4
+    assert rule_of_thumb(4096, "mistral") == rule_of_thumb(4096, "llama")
+    assert rule_of_thumb(4000, "qwen2") == pytest.approx(5e-4 * 2**-0.0775, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.0), (10, 0.3), (37, 0.1), (5, 1.0), (1, 0.0), (1, 0.03)])
+def test_schedules_are_those_of_transformers(schedule: Schedule, steps: int, warmup: float) -> None:
+    """After the warm-up; in it transformers' first step has rate 0 and does nothing, so ours is one step ahead."""
+    from transformers import get_scheduler
+
+    rising = -int(-warmup * steps // 1)  # up
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    theirs = get_scheduler(name, optimizer, rising, steps)
+    expected = []
+    for _ in range(steps + 1):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    for step in range(steps):
+        ours = rate_factor(step, steps, schedule, warmup)
+        assert ours == pytest.approx(expected[step + 1] if step < rising else expected[step], rel=1e-12), step
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_step_is_wasted(schedule: Schedule) -> None:
+    for steps in (1, 2, 3, 100, 1000):
+        for warmup in (0.0, 0.03, 0.5, 1.0):
+            factors = [rate_factor(step, steps, schedule, warmup) for step in range(steps)]
+            assert all(0 < factor <= 1 for factor in factors), (steps, warmup)
+            assert max(factors) == 1.0
+
+
+@pytest.mark.parametrize(("steps", "warmup", "rising"), [(100, 0.07, 7), (50, 0.14, 7), (25, 0.28, 7), (100, 0.03, 3)])
+def test_warmup_counts_steps_as_people_do(steps: int, warmup: float, rising: int) -> None:
+    """0.07·100 is 7.000000000000001 in floating point, and seven steps all the same."""
+    factors = [rate_factor(step, steps, "constant", warmup) for step in range(steps)]
+    assert factors.index(1.0) == rising - 1
+
+
+def test_decay_is_decoupled_and_moments_are_fp32() -> None:
+    parameter = nn.Parameter(torch.tensor([2.0]))
+    optimizer = adamw([parameter], weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    parameter.grad = torch.tensor([3.0])
+    optimizer.step()
+    # Adam's first step is the sign of the gradient, times the rate; the decay takes rate · 0.1 of the old value.
+    assert parameter.item() == pytest.approx(2.0 - 0.5 * 0.1 * 2.0 - 0.5, rel=1e-6)
+    assert {tensor.dtype for tensor in optimizer.state[parameter].values()} == {torch.float32}
