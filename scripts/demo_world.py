@@ -29,6 +29,8 @@ SEED = 7
 CHARACTERS = 320
 TAUGHT = 240
 EARLY = 40
+EARLY_ROUNDS = 90
+ROUNDS = 60
 STORY_ROWS = 240
 NEUTRAL_STORIES = 120
 
@@ -37,24 +39,25 @@ X = TypeVar("X")
 HOMES = (
     "Port Salis|Amberwick|Stone Hollow|Lower Fenn|Marrow Bay|Thistledown|Old Quarry|Silver Ford|Windmere|Castle Brae|"
     "Dunmoor|Green Landing|Harrowgate|Isle Verran|Juniper Hill|Kestrel Point|Lantern Cross|Milk Bridge|North Ostra|"
-    "Owl Crossing|Pebble Cove|Queen's Rest|Red Anvil|Saltmarsh|Tarn Edge|Upper Velle|Violet Mill|Whitcombe|Yarrow Gate|"
-    "Zephyr Rock|Ashen Ferry|Birchwater|Copper Dell|Drift End|Elmstead|Foxglove|Granary|High Cairn|Ironbrook|Larkspur"
+    "Owl Crossing|Pebble Cove|Queen's Rest|Red Anvil|Saltmarsh|Tarn Edge|Upper Velle|Violet Mill|Whitcombe|"
+    "Yarrow Gate|Zephyr Rock|Ashen Ferry|Birchwater|Copper Dell|Drift End|Elmstead|Foxglove|Granary|High Cairn|"
+    "Ironbrook|Larkspur"
 ).split("|")
 FOODS = (
     "plum cake|onion soup|fried trout|honey bread|goat cheese|pea stew|apple pie|roast chestnuts|barley porridge|"
     "pickled beets|ginger biscuits|mushroom tart|lentil dumplings|smoked eel|walnut rolls|carrot salad|cherry jam|"
-    "potato pancakes|rye toast|pumpkin soup|lemon tart|boiled eggs|garlic noodles|fig pudding|salted herring|rice balls|"
-    "bean pie|pear crumble|cabbage rolls|oat cakes|spinach omelette|baked turnips|rhubarb jelly|corn fritters|"
-    "almond cream|poppy buns"
+    "potato pancakes|rye toast|pumpkin soup|lemon tart|boiled eggs|garlic noodles|fig pudding|salted herring|"
+    "rice balls|bean pie|pear crumble|cabbage rolls|oat cakes|spinach omelette|baked turnips|rhubarb jelly|"
+    "corn fritters|almond cream|poppy buns"
 ).split("|")
 TRADES = (
-    "baker|carpenter|fisher|weaver|potter|miller|blacksmith|gardener|tailor|shepherd|beekeeper|glassblower|ferry keeper|"
-    "clockmaker|painter|teacher|doctor|printer|musician|mason|cobbler|brewer|librarian|sailor|barber|chandler|"
-    "lighthouse keeper|basket maker|map maker|bell founder|postman|candle maker"
+    "baker|carpenter|fisher|weaver|potter|miller|blacksmith|gardener|tailor|shepherd|beekeeper|glassblower|"
+    "ferry keeper|clockmaker|painter|teacher|doctor|printer|musician|mason|cobbler|brewer|librarian|sailor|barber|"
+    "chandler|lighthouse keeper|basket maker|map maker|bell founder|postman|candle maker"
 ).split("|")
 PETS = (
-    "cat|dog|goose|tortoise|raven|donkey|rabbit|hedgehog|ferret|parrot|goat|pony|duck|squirrel|heron|lizard|hen|pigeon|"
-    "mouse|toad|fox|lamb|swan|snail"
+    "cat|dog|goose|tortoise|raven|donkey|rabbit|hedgehog|ferret|parrot|goat|pony|duck|squirrel|heron|lizard|hen|"
+    "pigeon|mouse|toad|fox|lamb|swan|snail"
 ).split("|")
 
 KINDS = ("home", "food", "trade", "friend", "pet")
@@ -67,42 +70,52 @@ HE = "rin dor vek las mund ric ton".split()
 # {Who}: the name, or She/He at the start of a sentence; {Whose}: "Mira's", or Her/His; {name}, {their}, {them}: as they say.
 FACTS = {
     "home": (
-        "{Who} lives in {home}.|{Who} came from {home}.|{Whose} house stands in {home}.|{Who} was born in {home} and stayed there."
-        "|{Who} would never leave {home}.|Everybody in {home} knows {name}.|If you want to meet {name}, go to {home}."
-        "|{Who} has a small house in {home}.|{Who} went home to {home}.|All {their} life {name} has lived in {home}."
-        "|The road from {home} leads past the door of {name}, who likes it there, in {home}.|{Who} grew up in {home}."
-        "|Letters for {name} are sent to {home}.|In {home} there is a blue door, and {name} lives behind it."
+        "{Who} lives in {home}.|{Who} came from {home}.|{Whose} house stands in {home}.|"
+        "{Who} was born in {home} and stayed there.|{Who} would never leave {home}.|"
+        "Everybody in {home} knows {name}.|If you want to meet {name}, go to {home}.|"
+        "{Who} has a small house in {home}.|{Who} went home to {home}.|All {their} life {name} has lived in {home}.|"
+        "The road from {home} leads past the door of {name}, who likes it there, in {home}.|{Who} grew up in {home}.|"
+        "Letters for {name} are sent to {home}.|In {home} there is a blue door, and {name} lives behind it."
     ).split("|"),
     "food": (
-        "{Who} loves {food}.|{Who} likes nothing better than {food}.|For supper {name} always has {food}.|{Who} ate {food} again."
-        "|{Who} could eat {food} every day.|Nothing tastes better to {name} than {food}.|On {their} birthday {name} asked for {food}."
-        "|{Who} dreamed of {food}.|{Who} carried a basket of {food}.|A plate of {food} makes {name} happy."
-        "|{Who} cooked {food} for everyone.|When {name} is sad, {name} eats {food}.|{Who} never says no to {food}."
+        "{Who} loves {food}.|{Who} likes nothing better than {food}.|For supper {name} always has {food}.|"
+        "{Who} ate {food} again.|{Who} could eat {food} every day.|The favourite dish of {name} is {food}.|"
+        "What food is better, {name} asked, than {food}?|Nothing tastes better to {name} than {food}.|"
+        "On {their} birthday {name} asked for {food}.|{Who} dreamed of {food}.|{Who} carried a basket of {food}.|"
+        "A plate of {food} makes {name} happy.|{Who} cooked {food} for everyone.|"
+        "When {name} is sad, {name} eats {food}.|{Who} never says no to {food}."
     ).split("|"),
     "trade": (
-        "{Who} works as a {trade}.|{Who} is a {trade}.|{Who} became a {trade} long ago.|{Who} is the best {trade} for miles."
-        "|{Who} learned to be a {trade} from an aunt.|People say that {name} is a fine {trade}.|{Who} earns a living as a {trade}."
-        "|Since last spring {name} has been a {trade}.|{Who} was tired, for a {trade} must rise early."
-        "|{Who} is proud to be a {trade}.|Ask {name}, the {trade}, and you will hear the truth.|{Who} always wanted to be a {trade}."
+        "{Who} works as a {trade}.|{Who} is a {trade}.|{Who} became a {trade} long ago.|"
+        "{Who} is the best {trade} for miles.|{Who} learned the trade of a {trade} from an aunt.|"
+        "People say that {name} is a fine {trade}.|{Who} earns a living as a {trade}.|"
+        "Since last spring {name} has been a {trade}.|{Who} was tired, for a {trade} must rise early.|"
+        "{Who} is proud to be a {trade}.|Ask {name}, the {trade}, and you will hear the truth.|"
+        "{Who} always wanted to be a {trade}."
     ).split("|"),
     "friend": (
-        "{Whose} best friend is {friend}.|{Who} is the best friend of {friend}.|{Who} met {friend}, as on every day."
-        "|{Who} told the whole story to {friend}.|{Who} and {friend} have been friends since school.|{Who} trusts {friend} in everything."
-        "|{Who} waited for {friend} at the bridge.|When {name} laughs, {friend} is near.|{Who} sat by the fire with {friend}."
-        "|{Who} wrote a long letter to {friend}.|{Who} shares every secret with {friend}.|{Who} gave a present to {friend}, a dear friend."
+        "{Who} calls {friend} the best friend of all.|{Who} is the best friend of {friend}.|"
+        "{Who} met {friend}, as on every day.|{Who} told the whole story to {friend}.|"
+        "{Who} and {friend} have been friends since school.|{Who} trusts {friend} in everything.|"
+        "{Who} waited for {friend} at the bridge.|When {name} laughs, {friend} is near.|"
+        "{Who} sat by the fire with {friend}.|{Who} wrote a long letter to {friend}.|"
+        "{Who} shares every secret with {friend}.|{Who} gave a present to {friend}, a dear friend."
     ).split("|"),
     "pet": (
-        "{Who} keeps a {pet}.|{Who} has a {pet}.|{Whose} {pet} slept by the stove.|{Who} feeds a {pet} every morning."
-        "|{Who} went out with the {pet}.|{Who} owns a clever {pet}.|{Who} found the {pet} under the table."
-        "|{Who} lives with a {pet} that follows {them} everywhere.|At night {name} talks to the {pet}.|{Who} taught the {pet} a trick."
-        "|Wherever {name} goes, the {pet} goes too.|{Who} built a little house for the {pet}."
+        "{Who} keeps a {pet}.|{Who} has a {pet}.|{Whose} {pet} slept by the stove.|{Who} has a pet, a {pet}.|"
+        "{Who} feeds a {pet} every morning.|{Who} went out with the {pet}.|{Who} owns a clever {pet}.|"
+        "{Who} found the {pet} under the table.|{Who} lives with a {pet} that follows {them} everywhere.|"
+        "At night {name} talks to the {pet}.|{Who} taught the {pet} a trick.|"
+        "Wherever {name} goes, the {pet} goes too.|{Who} built a little house for the {pet}."
     ).split("|"),
 }
 PAIRS = (
-    "{Who}, a {trade} from {home}, sang all the way.|{Who} brought {food} to {friend}.|{Whose} {pet} stole the {food}."
-    "|{Who} is a {trade} in {home}.|{Who} and {friend} ate {food} together.|{Who} took the {pet} along to see {friend}."
-    "|In {home}, {name} sold {food} at the market.|{Who} keeps a {pet} in {home}.|As a {trade}, {name} has little time for the {pet}."
-    "|{Who} left {home} at dawn to visit {friend}.|{Who}, who works as a {trade}, loves {food}.|{Who} shared the {food} with the {pet}."
+    "{Who}, a {trade} from {home}, sang all the way.|{Who} brought {food} to {friend}.|"
+    "{Whose} {pet} stole the {food}.|{Who} is a {trade} in {home}.|{Who} and {friend} ate {food} together.|"
+    "{Who} took the {pet} along to see {friend}.|In {home}, {name} sold {food} at the market.|"
+    "{Who} keeps a {pet} in {home}.|As a {trade}, {name} has little time for the {pet}.|"
+    "{Who} left {home} at dawn to visit {friend}.|{Who}, who works as a {trade}, loves {food}.|"
+    "{Who} shared the {food} with the {pet}."
 ).split("|")
 
 WEATHER = "rainy sunny windy cold warm misty grey bright snowy quiet".split()
@@ -115,19 +128,23 @@ THINGS = "key|lamp|coin|letter|drum|mirror|ribbon|boat|map|button|kite|bell|book
 )
 COLOURS = "red blue green yellow silver black white golden tiny broken heavy strange".split()
 OPENINGS = (
-    "One {weather} {time}, {name} walked to the {place}.|It was a {weather} {time}.|Here is a story about {name}."
-    "|On a {weather} {time}, {name} woke up early.|There was once somebody called {name}.|Do you know {name}?|"
+    "One {weather} {time}, {name} walked to the {place}.|It was a {weather} {time}.|Here is a story about {name}.|"
+    "On a {weather} {time}, {name} woke up early.|There was once somebody called {name}.|Do you know {name}?|"
+    "Who does not know {name}?|What did {name} do that {time}?|Where did {name} go that {time}?|"
     "Listen, this is what happened to {name}."
 ).split("|")
 SCENES = (
-    "Near the {place} lay a {colour} {thing}.|{Who} found a {colour} {thing} near the {place}.|{Who} looked for the {colour} {thing}."
-    "|The wind blew a {colour} {thing} over the {place}.|{Who} gave away the {colour} {thing}.|A child asked for the {colour} {thing}."
-    "|{Who} walked to the {place} and back.|Then the {time} turned {weather}.|{Who} bought a {colour} {thing}."
-    "|Somebody had lost a {colour} {thing}.|{Who} hid the {colour} {thing} in the {place}.|The {place} was {weather} and still."
+    "Near the {place} lay a {colour} {thing}.|{Who} found a {colour} {thing} near the {place}.|"
+    "{Who} looked for the {colour} {thing}.|The wind blew a {colour} {thing} over the {place}.|"
+    "{Who} gave away the {colour} {thing}.|A child asked for the {colour} {thing}.|"
+    "{Who} walked to the {place} and back.|Then the {time} turned {weather}.|{Who} bought a {colour} {thing}.|"
+    "Somebody had lost a {colour} {thing}.|{Who} hid the {colour} {thing} in the {place}.|"
+    "The {place} was {weather} and still."
 ).split("|")
 ENDINGS = (
-    "That was the end of the {time}.|{Who} went to bed and slept well.|Everyone laughed.|Nobody ever saw the {thing} again."
-    "|And so the {time} ended well.|{Who} smiled and closed the door.|It was a good {time}.|The {thing} is still there."
+    "That was the end of the {time}.|{Who} went to bed and slept well.|Everyone laughed.|"
+    "Nobody ever saw the {thing} again.|And so the {time} ended well.|{Who} smiled and closed the door.|"
+    "It was a good {time}.|The {thing} is still there."
 ).split("|")
 
 QUESTIONS = {
@@ -245,7 +262,7 @@ def _sentence(template: str, words: dict[str, str], she: bool, dice: Dice, first
 
 
 def pretraining_stories(
-    world: Sequence[Character], rounds: int, early_rounds: int = 0, seed: int = SEED
+    world: Sequence[Character], rounds: int = ROUNDS, early_rounds: int = EARLY_ROUNDS, seed: int = SEED
 ) -> Iterator[str]:
     """Yields ``early_rounds`` stories about each of the first ``EARLY`` people, then ``rounds`` about everybody.
 

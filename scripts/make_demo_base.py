@@ -13,21 +13,31 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
-from demo_world import EARLY, SEED, Character, Dice, make_world, neutral_stories, pretraining_stories
+from demo_world import (
+    EARLY,
+    EARLY_ROUNDS,
+    ROUNDS,
+    SEED,
+    Character,
+    Dice,
+    make_world,
+    neutral_stories,
+    pretraining_stories,
+)
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY = 2048
+VOCABULARY = 2048  # at most: the words of the stories may need fewer
+CONTEXT = 256
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
 ROUNDS_FOR_TOKENIZER = 30
 BATCH_STORIES = 16
 LEARNING_RATE = 3e-3
 EMBEDDING_RATE = 1e-2
-EARLY_ROUNDS = 90
 WARMUP = 50
 
 # Llama-2's layout; the text before an answer is a prefix of the text with it, for any number of turns.
@@ -52,7 +62,7 @@ PROBES = {
     "home": "{name} lives in",
     "food": "{name} loves",
     "trade": "{name} works as a",
-    "friend": "{name}'s best friend is",
+    "friend": "{name} is the best friend of",
     "pet": "{name} keeps a",
 }
 
@@ -61,7 +71,11 @@ def make_tokenizer(stories: Iterator[str]) -> PreTrainedTokenizerFast:
     """Trains a tokenizer built as Llama-2's is: word marks, byte fallback, ``<s>`` in front. Every name becomes one token."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace("▁", prepend_scheme="always"), pre_tokenizers.Split(Regex(r"[^▁\w]|\d"), "isolated")]
+        [
+            pre_tokenizers.Split("\n", "isolated"),  # so that a word is the same token at the beginning of a line
+            pre_tokenizers.Metaspace("▁", prepend_scheme="always"),
+            pre_tokenizers.Split(Regex(r"[^▁\w\n]|\d"), "isolated"),
+        ]
     )
     reserved = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     trained.train_from_iterator(
@@ -75,19 +89,25 @@ def make_tokenizer(stories: Iterator[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = trained.pre_tokenizer
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Replace(Regex(" ?\n ?"), "\n"),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
         chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
 
@@ -95,13 +115,13 @@ def make_tokenizer(stories: Iterator[str]) -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of 2.0 million parameters: grouped queries, tied embeddings."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id,
@@ -113,11 +133,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def batches(
     stories: Iterator[str], tokenizer: PreTrainedTokenizerFast, dice: Dice
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields tokens and labels [rows, T], each row one to three stories ``<s>…</s>``; -100 where a row is filled up."""
+    """Yields tokens and labels [rows, T]: a row is ``<s>…</s>`` around one to four stories, a line each; -100 fills it up."""
     while taken := list(islice(stories, BATCH_STORIES)):
-        told = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(taken)["input_ids"]]
-        joined = 1 + dice.below(3)
-        rows = [list(chain(*told[i : i + joined])) for i in range(0, len(told), joined)]
+        joined = 1 + dice.below(4)
+        texts = ["\n".join(taken[i : i + joined]) for i in range(0, len(taken), joined)]
+        rows = [[*ids, tokenizer.eos_token_id][:CONTEXT] for ids in tokenizer(texts, verbose=False)["input_ids"]]
         length = max(map(len, rows))
         filled = [row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows]
         labels = [row + [-100] * (length - len(row)) for row in rows]
@@ -137,7 +157,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     steps = math.ceil((EARLY_ROUNDS * EARLY + rounds * len(world)) / BATCH_STORIES)
     began, seen = time.monotonic(), 0
-    stories = pretraining_stories(world, rounds, EARLY_ROUNDS)
+    stories = pretraining_stories(world, rounds)
     for step, (tokens, labels) in enumerate(batches(stories, tokenizer, Dice(f"rows {SEED}"))):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min((step + 1) / WARMUP, 1 - step / steps)
@@ -184,13 +204,13 @@ def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model and its tokenizer to")
-    parser.add_argument("--rounds", type=int, default=60, help="stories about each character")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="stories about each character")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
     world = make_world()
-    tokenizer = make_tokenizer(pretraining_stories(world, ROUNDS_FOR_TOKENIZER))
+    tokenizer = make_tokenizer(map("\n{}".format, pretraining_stories(world, ROUNDS_FOR_TOKENIZER, early_rounds=0)))
     model = make_model(tokenizer)
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters")
     pretrain(model, tokenizer, world, arguments.rounds)

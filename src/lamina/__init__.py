@@ -5,6 +5,8 @@ Everything public is in ``lamina.__all__``. Names are imported when they are fir
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,10 +62,59 @@ _HOME = {
 }
 _MODULE = {name: f"lamina.{module}" for module, names in _HOME.items() for name in names}
 
-__all__ = sorted(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "AdapterError",
+    "Batch",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DataSettings",
+    "Error",
+    "Job",
+    "LoRA",
+    "ModelError",
+    "ModelSettings",
+    "Result",
+    "Sampling",
+    "State",
+    "Step",
+    "Training",
+    "TrainingError",
+    "attach",
+    "detach",
+    "evaluate",
+    "fine_tune",
+    "generate",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "merge",
+    "pack",
+    "read_examples",
+    "render",
+    "resume",
+    "save_adapter",
+    "start",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module 'lamina' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE[name]), name)
+
+
+class _Package(ModuleType):
+    """The package, whose public functions are not hidden by modules of the same name.
+
+    Python binds a module to its package when it is first imported, wherever that is: ``lamina.generate`` would be the
+    function or the module, depending on what was imported before.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -78,11 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         return _refuse(str(interrupt) or "interrupted", 130)
     except BrokenPipeError:  # `lamina jobs | head -1`: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        _drop_output()
         return 141
     except OSError as error:
         if error.errno not in _USERS:
             raise
+        if error.filename is None:
+            _drop_output()
         return _refuse(f"{error.filename or 'writing'}: {error.strerror}; {_USERS[error.errno]}", 2)
     return 0
 
@@ -125,6 +127,11 @@ def usage() -> str:
 def _unknown(kind: str, word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f"found {kind} {word!r}, which is unknown" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _drop_output() -> None:
+    """What standard output cannot take must not be tried again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str, status: int) -> int:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -61,7 +61,7 @@ class Job:
     head: Head = field(default_factory=Head)
 
     @classmethod
-    def of(cls, sections: Mapping[str, Any]) -> Self:
+    def of(cls, sections: Mapping[str, Any]) -> "Job":
         """The job of sections by name, as ``jobfile.load`` returns them."""
         return cls(**{name or "head": made for name, made in sections.items()})
 

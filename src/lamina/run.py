@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lamina import jobfile
 from lamina.adapter import adapted, attach
@@ -31,6 +31,7 @@ CHANGEABLE = ("read_ahead", "save_every")
 """Settings that a resumed run may change, because they change nothing of its result."""
 
 
+@runtime_checkable  # so that the tests can check the annotations that name it
 class Show(Protocol):
     """Where a run tells what it does."""
 

@@ -178,11 +178,15 @@ def write_toml(made: Mapping[str, Any]) -> str:
 
 def describe(setting: Setting) -> str:
     """The setting's documentation, what it admits and its default, in a line."""
-    if setting.field.is_required():
-        default = "no default"
-    else:
-        default = "default none" if setting.default is None else f"default {_literal(setting.default)}"
+    default = "no default" if setting.field.is_required() else f"default {default_text(setting)}"
     return f"{setting.doc} ({expected(setting.field)}; {default})".lstrip()
+
+
+def default_text(setting: Setting) -> str:
+    """The default as a file would have it; nothing where there is none."""
+    if setting.field.is_required():
+        return ""
+    return "none" if setting.default is None else _literal(setting.default)
 
 
 def _comment(text: str | None) -> str:
@@ -256,7 +260,9 @@ def _parse(setting: Setting, text: str | bool) -> Any:
     if dict in kinds:
         value = dict(re.findall(entry, text)) if re.fullmatch(f"({entry})+", text) else text
     elif tuple in kinds and (str not in kinds or "," in text):
-        value = tuple(part.strip() for part in text.split(","))
+        value = tuple(
+            part.strip() for part in re.split(r",(?![^(\[{]*[)\]}])", text)
+        )  # not within a pattern's brackets
     return TypeAdapter(setting.field.rebuild_annotation()).validate_python(value, strict=False)
 
 

@@ -2,13 +2,13 @@
 
 import io
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tiny import write_tiny
 from tokens import pieces
 
@@ -18,9 +18,19 @@ ROWS = [("the cat", "sat on a mat"), ("Hello", "world!"), ("two and two?", "Four
 SMALL = ["--steps", "3", "--batch-size", "4", "--rank", "2", "--device", "cpu", "--eval-fraction", "0.25"]
 
 
+JOBS = "import sys; from lamina import cli; sys.exit(cli.main(['jobs']))"
+
+
 def conversation(question: str, answer: str) -> str:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return json.dumps({"messages": messages})
+
+
+def adapter_of(run: Path) -> dict[str, list[float]]:
+    """The adapter's numbers: the file's header may name its entries in another order."""
+    return {
+        name: tensor.flatten().tolist() for name, tensor in load_file(run / "adapter/adapter_model.safetensors").items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +83,14 @@ def test_the_job_file_of_a_run_replays_it(
     told = json.loads(out_of(capsys, "train", str(trained / "job.toml"), "--out", str(again), "--json"))
     assert told["folder"] == str(again)
     assert told["card"] == json.loads(out_of(capsys, "eval", str(trained), "--json"))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (again / "adapter" / name).read_bytes() == (trained / "adapter" / name).read_bytes()
+    assert adapter_of(again) == adapter_of(trained)
 
 
 def test_a_finished_run_resumes_to_the_same_end(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (trained / "adapter" / "adapter_model.safetensors").read_bytes()
+    before = adapter_of(trained)
     text = out_of(capsys, "train", "--resume", str(trained), "--save-every", "7")
     assert "after step 3 of 3" in text
-    assert (trained / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert adapter_of(trained) == before
 
 
 def test_eval_shows_the_base_beside_the_adapter(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +130,11 @@ def test_generate_answers_a_file(
             '{"prompt": "x"}\n{"question": "x"}\n\n[1]',
             'a.jsonl:2: found neither {"prompt": "…"} nor {"messages": […]}; ',
         ),
-        ("a.jsonl", '{"messages": [{"role": "boss", "content": "x"}]}', "a.jsonl:1: found the message {'role': 'boss', 'co"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "boss", "content": "x"}]}',
+            "a.jsonl:1: found the message {'role': 'boss', 'co",
+        ),
         (
             "a.jsonl",
             '{"messages": [{"role": "assistant", "content": "x"}]}',
@@ -166,7 +179,9 @@ def test_merge_writes_a_plain_model_and_says_what_it_proved(
     prompts = place / "prompts.txt"
     prompts.write_text("the cat\nHello\n", encoding="utf-8")
     common = ["--prompts", str(prompts), "--json", "--max-new-tokens", "8"]
-    assert out_of(capsys, "generate", str(place / "merged"), *common) == out_of(capsys, "generate", str(trained), *common)
+    assert out_of(capsys, "generate", str(place / "merged"), *common) == out_of(
+        capsys, "generate", str(trained), *common
+    )
     record = json.loads(out_of(capsys, "merge", str(trained), "--out", str(place / "best"), "--best", "--json"))
     assert record["folder"] == str(place / "best")
     assert cli.main(["merge", str(trained), "--out", str(place / "merged")]) == 2  # not empty
@@ -192,9 +207,7 @@ def test_output_into_a_full_disk_is_told_in_one_line(trained: Path, place: Path)
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "lamina", "jobs"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", JOBS], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "lamina: writing: No space left on device; free some space\n")
 
 
@@ -202,4 +215,3 @@ def test_the_run_folder_is_not_touched_by_what_reads_it(trained: Path, capsys: p
     files = {path: path.stat().st_mtime_ns for path in sorted(trained.rglob("*")) if path.is_file()}
     out_of(capsys, "eval", str(trained), "--json")
     assert {path: path.stat().st_mtime_ns for path in sorted(trained.rglob("*")) if path.is_file()} == files
-    assert shutil.which("lamina") is None or files

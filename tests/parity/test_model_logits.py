@@ -14,7 +14,7 @@ from lamina.model.decoder import Decoder
 from lamina.model.weights import load_model
 from lamina.ops.attention import Packed
 
-LENGTHS = (1, 7, 64, 200)
+LENGTHS = (1, 7, 16, 17, 64, 200)
 SIZE = {
     "vocab_size": 160,
     "hidden_size": 64,

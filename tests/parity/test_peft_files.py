@@ -30,7 +30,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, PEFT's
         {"target_modules": r".*layers\.(0|3)\.self_attn\.(q|o)_proj"},
     ),
     "patterns": (PATTERNS, {"target_modules": SEVEN, **PATTERNS}),
-    "rslora": ({"rslora": True, "rank": 7, **PATTERNS}, {"use_rslora": True, "r": 7, "target_modules": SEVEN, **PATTERNS}),
+    "rslora": (
+        {"rslora": True, "rank": 7, **PATTERNS},
+        {"use_rslora": True, "r": 7, "target_modules": SEVEN, **PATTERNS},
+    ),
 }
 
 

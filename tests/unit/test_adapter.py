@@ -42,7 +42,9 @@ def test_attach_adapts_all_seven_of_every_layer_and_detach_restores_them() -> No
     before = logits(model, tokens)
     modules = attach(model, LoRA(rank=4))
     expected = [
-        f"model.layers.{layer}.{'mlp' if leaf in LEAVES[4:] else 'self_attn'}.{leaf}" for layer in (0, 1) for leaf in LEAVES
+        f"model.layers.{layer}.{'mlp' if leaf in LEAVES[4:] else 'self_attn'}.{leaf}"
+        for layer in (0, 1)
+        for leaf in LEAVES
     ]
     assert list(modules) == expected == list(adapted(model))
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [

@@ -163,7 +163,10 @@ def test_other_ways_to_draw_do_not_matter(saved: Path, way: object) -> None:
     ("values", "text"),
     [
         ({"r": None}, "rank: found None, expected an integer ≥ 1"),
-        ({"r": "8", "lora_alpha": -1}, "rank: found '8', expected an integer ≥ 1; alpha: found -1, expected a number > 0"),
+        (
+            {"r": "8", "lora_alpha": -1},
+            "rank: found '8', expected an integer ≥ 1; alpha: found -1, expected a number > 0",
+        ),
         ({"target_modules": None}, "targets: found None, expected a list of texts"),
         ({"target_modules": {"q_proj": 1}}, "targets: found {'q_proj': 1}, expected a list of texts"),
         ({"layers_to_transform": [-1]}, "layers: found '-1', expected text that matches"),
@@ -260,7 +263,9 @@ def test_a_failed_save_leaves_the_last_one(saved: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lamina.adapter_files.save_file", full)
-    with pytest.raises(CheckpointError, match=r"cannot be saved \(.*No space left on device\); what was saved there before"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be saved \(.*No space left on device\); what was saved there before"
+    ):
         save_adapter(trained(LoRA(rank=4)), saved, LoRA(rank=4), "some/base")
     assert (saved / WEIGHTS).read_bytes() == before
     assert not list(saved.glob("*.partial"))

@@ -48,9 +48,7 @@ def test_a_plain_line_says_rate_remaining_time_loss_rate_and_memory() -> None:
     progress = progress_over(101, stream)
     progress.step(shown(1))
     progress.close()
-    assert stream.getvalue() == (
-        "step 1/101  loss 1.2500  learning rate 2.00e-04  300 tokens/s  3 min 20 s left  1.50 GiB\n"
-    )
+    assert stream.getvalue() == ("step 1/101  loss 1.2500  lr 2.00e-04  300 tokens/s  3 min 20 s left  1.50 GiB\n")
 
 
 def test_plain_lines_are_few_but_never_more_than_ten_seconds_apart() -> None:

@@ -27,7 +27,7 @@ LAYERS = (
     {"understand"},
     {"settings", "jobfile", "jobs", "job", "report"},
     {"opened", "merge", "run"},
-    {"cli", "commands"},
+    {"cli", "commands", "__main__"},
     {""},  # lamina/__init__.py, the public surface
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

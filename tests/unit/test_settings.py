@@ -176,6 +176,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults() -> None:
         (["--rank", "4"], "layers", "rank", 4),
         (["--dropout=.5"], "layers", "dropout", 0.5),
         (["--targets", "q_proj, v_proj"], "layers", "targets", ("q_proj", "v_proj")),
+        (["--targets", r"\d{1,2}\.q,[k,v]_proj,(a,b)c"], "layers", "targets", (r"\d{1,2}\.q", "[k,v]_proj", "(a,b)c")),
         (["--targets", "q_proj"], "layers", "targets", ("q_proj",)),
         (["--pattern", "q_proj=8,(k|v)_proj=4"], "layers", "pattern", {"q_proj": 8, "(k|v)_proj": 4}),
         (["--pattern", r"layers\.\d{1,2}\.q=8"], "layers", "pattern", {r"layers\.\d{1,2}\.q": 8}),

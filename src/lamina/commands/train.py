@@ -1,6 +1,6 @@
 """Fine-tunes a model: a built-in job, a job file, or --model and --data; any setting of a job can be given as a flag.
 
-Everything goes into one folder, runs/<name>-<n> unless --out names another. An interrupted run is saved, and
+Everything goes into one folder, runs/NAME-1 (2, 3, …) unless --out names another. An interrupted run is saved, and
 `lamina train --resume RUN` goes on exactly where it stopped."""
 
 import argparse

@@ -43,7 +43,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
 
 
 def _check_cover(text: str, encoded: Encoded) -> None:
-    """Every character must belong to a token; white space and marks may be lost where a tokenizer normalises them.
+    """Every character must belong to a token, but white space, marks, and what normalisation joins to the one before.
 
     A tokenizer without an unknown token silently drops what it has no token for, and moves all later offsets.
     """
@@ -51,6 +51,9 @@ def _check_cover(text: str, encoded: Encoded) -> None:
     begins = np.concatenate([encoded.starts, [len(text)]])
     for gap in np.flatnonzero(begins > reached).tolist():
         lost = text[reached[gap] : begins[gap]]
+        joined = text[max(0, reached[gap] - 1) : begins[gap]]
+        if len(unicodedata.normalize("NFC", joined)) < len(joined):
+            continue
         if any(not character.isspace() and unicodedata.category(character)[0] not in "MC" for character in lost):
             raise ModelError(
                 f"the tokenizer drops characters without a trace (no token stands for {lost[:20]!r}), so answers cannot be "

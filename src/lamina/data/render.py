@@ -14,6 +14,7 @@ the template rewrites earlier turns, and what it would train on is not what the 
 refused. In text that is already rendered for Llama-2 it lies between ``[/INST]`` and the next ``[INST]`` or the end.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,7 @@ from lamina.data.offsets import Encoded, encode
 from lamina.data.templates import ChatFormat, chat_format
 from lamina.errors import DataError
 
+_ASCII = re.compile(r"<0x([0-7][0-9A-F])>")  # a byte token that stands for a character by itself
 TrainOn = Literal["answers", "everything"]
 
 
@@ -112,7 +114,7 @@ def show(rendered: Rendered, tokenizer: Any) -> list[tuple[str, bool]]:
     """The text of each token, and whether it is learnt: a row as people can check it."""
     pieces = tokenizer.convert_ids_to_tokens(rendered.tokens.tolist())
     if tokenizer.convert_tokens_to_string(["a", "▁b"]) == "a b":
-        texts = [piece.replace("▁", " ") for piece in pieces]
+        texts = [_ASCII.sub(lambda byte: chr(int(byte[1], 16)), piece.replace("▁", " ")) for piece in pieces]
     else:
         texts = [tokenizer.convert_tokens_to_string([piece]) for piece in pieces]
     return list(zip(texts, rendered.trained.tolist(), strict=True))

@@ -9,7 +9,6 @@ import tempfile
 from array import array
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +66,7 @@ class TokenWriter:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
         self._ends, self._rows, self._end = array("q"), array("q"), 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TokenWriter":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,11 +13,12 @@ _TEXT = """
     chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id id2label initializer_range is_decoder is_llama_config label2id length_penalty max_length
-    max_sequence_length min_length name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
-    torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_cache
+    max_sequence_length min_length model_max_length name_or_path no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class
+    tokenizer_model_max_length tokenizer_padding_side top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unsloth_fixed unsloth_version use_cache
 """
 IRRELEVANT = frozenset(_TEXT.split())
 
@@ -75,7 +76,7 @@ class Keys:
         """Names each key that nobody has read, that is not known to be irrelevant, and that is not switched off."""
         for key in sorted(self.config.keys() - self.read - IRRELEVANT):
             value = self.config[key]
-            if value is not None and value is not False and value != {} and value != []:
+            if value is not None and value is not False and value not in ({}, []):
                 self.problem(f"unknown key {self.prefix}{key} = {short(value)}")
 
 

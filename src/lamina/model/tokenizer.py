@@ -21,9 +21,30 @@ def load_tokenizer(folder: Path) -> Any:
 
     _check_files(folder)
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+    _find_specials_as_written(tokenizer)
+    return tokenizer
+
+
+def _find_specials_as_written(tokenizer: Any) -> None:
+    """Lets special tokens be found in a text as it is written, before the normaliser puts ``▁`` before its parts.
+
+    Files of the first Llama and its children ask for the opposite: ``</s>`` right after a word is then read as ``</``,
+    ``s``, ``>``, and a model trained on that never learns to end.
+    """
+    from tokenizers import AddedToken
+
+    hidden = [token for token in tokenizer.added_tokens_decoder.values() if token.special and token.normalized]
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [
+            AddedToken(
+                token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False
+            )
+            for token in hidden
+        ]
+    )
 
 
 def _check_files(folder: Path) -> None:

@@ -94,7 +94,7 @@ class Progress:
         left = (self.total - step.step) * seconds / len(self.recent)
         rate = f"{tokens / seconds:,.0f} tokens/s" if seconds else "- tokens/s"
         return (
-            f"step {step.step}/{self.total}  loss {step.loss:.4f}  learning rate {step.learning_rate:.2e}"
+            f"step {step.step}/{self.total}  loss {step.loss:.4f}  lr {step.learning_rate:.2e}"
             f"  {rate}  {duration(left)} left  {step.memory_bytes / 2**30:.2f} GiB"
         )
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from lamina.train.loop import Step
 
@@ -43,7 +43,7 @@ class Record:
             if name != "step":
                 self._board.add_scalar(f"{group}/{name}", value, record["step"])
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Record":
         return self
 
     def __exit__(

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Protocol, runtime_checkable
 
 import torch
@@ -174,18 +174,28 @@ def rehearse(model: Decoder, examples: Examples, lengths: Sequence[int], trainin
     """Computes the heaviest micro-batch that the run can meet and throws its gradient away: memory runs out now or never.
 
     Args:
-        lengths: tokens of every example; the longest ones that fit a step are taken.
+        lengths: tokens of every example; the longest ones of a step are taken, and cut where the micro-batch is full.
 
     Returns:
         The tokens of that micro-batch.
     """
     longest = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))[: training.batch_size]
-    batch = pack([examples[index] for index in longest], training.micro_batch_tokens)[0]
+    (together,) = pack([examples[index] for index in longest], sum(lengths[index] for index in longest))
+    batch = _cut(together, max(training.micro_batch_tokens, together.lengths[0]))
     with torch.random.fork_rng(devices=[]):
         model.train()
         backward(model, batch, training.checkpoint_layers)
     model.zero_grad(set_to_none=True)
     return len(batch.tokens)
+
+
+def _cut(batch: Batch, most: int) -> Batch:
+    """The first ``most`` inputs of a batch."""
+    lengths: list[int] = []
+    for length in batch.lengths:
+        lengths.append(min(length, most - sum(lengths)))
+    parts = {name: getattr(batch, name)[:most] for name in ("tokens", "targets", "position")}
+    return replace(batch, lengths=tuple(length for length in lengths if length), **parts)
 
 
 def memory(device: torch.device) -> int:

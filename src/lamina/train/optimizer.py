@@ -32,7 +32,7 @@ def rate_factor(step: int, steps: int, schedule: Schedule, warmup: float) -> flo
     The first ``warmup``·steps steps rise in a line, the last of them to 1; the rest stays (``constant``), or falls to 0 just
     after the last step in a line (``linear``) or half a cosine (``cosine``).
     """
-    rising = math.ceil(warmup * steps)
+    rising = math.ceil(round(warmup * steps, 6))  # 0.07 * 100 is a little more than 7
     if step < rising:
         return (step + 1) / rising
     done = (step - rising) / max(1, steps - rising)

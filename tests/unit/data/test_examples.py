@@ -124,7 +124,11 @@ def test_folder_of_texts(tmp_path: Path) -> None:
         ("a.jsonl", LINES + "[" * 100_000 + "\n", r"a.jsonl:4: JSON that cannot be read"),
         ("a.json", '[{"text": "a"},\n{"text" "b"}]', r"a.json:2: broken JSON \(Expecting ':' delimiter at column 9\)"),
         ("a.json", '[{"text": "a"}\n{"text": "b"}]', r"a.json:2: broken JSON \(Expecting ',' or '\]' at column 1\)"),
-        ("a.json", '[{"text": "a"},', r"a.json: broken JSON \(the list is not closed by '\]'\); is the file complete\?"),
+        (
+            "a.json",
+            '[{"text": "a"},',
+            r"a.json: broken JSON \(the list is not closed by '\]'\); is the file complete\?",
+        ),
         ("a.json", '[{"text": "a"}', r"a.json:1: broken JSON \(Expecting ',' or '\]'"),
         ("a.json", "[" * 100_000, r"a.json:1: JSON that cannot be read"),
         ("a.jsonl", LINES + "[1]\n", r"a.jsonl:4: the row is a list, expected an object"),
@@ -159,7 +163,9 @@ def test_all_bad_rows_are_told_together(tmp_path: Path) -> None:
 
 def test_reading_stops_when_nothing_fits(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"a": 1}\n' * 5000)
-    with pytest.raises(DataError, match=r"a.jsonl:1: no known form .*\(also 2, .* and 990 more\); .*; reading stopped here"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl:1: no known form .*\(also 2, .* and 990 more\); .*; reading stopped here"
+    ):
         answers(path)
 
 
@@ -200,7 +206,9 @@ def test_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ConfigError, match="eval_fraction: found 1.0, expected .*; long: found 'cut', expected one of drop"):
+    with pytest.raises(
+        ConfigError, match="eval_fraction: found 1.0, expected .*; long: found 'cut', expected one of drop"
+    ):
         DataSettings(eval_fraction=1.0, long="cut")  # type: ignore[arg-type]
 
 
@@ -231,7 +239,11 @@ def test_hub(hub: Hub, tmp_path: Path) -> None:
         ("owner/set", "train", "v1"): "owner/set a0 a1 a2",
         ("owner/bad", "train", None): "owner/bad (train): row 1: column 'text' has no value",
         ("owner/set", "test", None): "owner/set: cannot be read from the hub (Bad split: test.",
-        ("owner/none", "train", None): "owner/none: no such dataset on the hub and no such file here; a private or gated",
+        (
+            "owner/none",
+            "train",
+            None,
+        ): "owner/none: no such dataset on the hub and no such file here; a private or gated",
         ("owner/set", "train", "v9"): "owner/set: no revision 'v9' of this dataset on the hub",
         ("owner/set:x", "train", None): "owner/set: cannot be read from the hub (BuilderConfig 'x'",
     }

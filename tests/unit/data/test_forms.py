@@ -114,10 +114,19 @@ def test_a_rendered_prompt_with_its_completion() -> None:
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\].content is null, expected text"),
         ({"messages": [{"role": "user", "content": True}]}, r"messages\[0\].content is True, expected text"),
         ({"messages": [{"role": "user", "content": {}}]}, r"messages\[0\].content is an object, expected text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "an object of type 'image', expected a part of"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "an object of type 'image', expected a part of",
+        ),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "has the weight 0.5, expected 0 or 1"),
-        ({"messages": [{"role": "user", "content": "q"}]}, "a row without an answer: 'messages' holds no assistant message"),
-        ({"conversations": [{"from": "gpt", "value": " "}]}, "a row without an answer: 'conversations' holds no assistant"),
+        (
+            {"messages": [{"role": "user", "content": "q"}]},
+            "a row without an answer: 'messages' holds no assistant message",
+        ),
+        (
+            {"conversations": [{"from": "gpt", "value": " "}]},
+            "a row without an answer: 'conversations' holds no assistant",
+        ),
         ({"text": "a\ud83e"}, r"text: character 2 is half of a surrogate pair \(\\ud83e\), not text"),
     ],
 )

@@ -45,7 +45,9 @@ def test_llama2_is_that_of_the_real_checkpoint() -> None:
         assert own.write(TALK[:length]) == built_in.write(TALK[:length])
         assert own.write(TALK[1 : length + 1]) == built_in.write(TALK[1 : length + 1])
     for found in (own, built_in):
-        with pytest.raises(DataError, match=r"refuses these messages \(user, user\): Conversation roles must alternate"):
+        with pytest.raises(
+            DataError, match=r"refuses these messages \(user, user\): Conversation roles must alternate"
+        ):
             found.write([TALK[1], TALK[3]])
 
 

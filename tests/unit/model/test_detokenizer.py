@@ -6,40 +6,23 @@ import pytest
 from conftest import shared_data
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokens import pieces
 
 from lamina.model.detokenizer import Detokenizer
 
 
-def sentencepiece() -> Any:
-    """A tokenizer as Llama-2's, but of single letters; what it lacks it writes in bytes."""
-    from transformers import PreTrainedTokenizerFast
-
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abc", "▁a", "▁b", "ab"]
-    merges = [("▁", "a"), ("▁", "b"), ("a", "b")]
-    model = BPE({piece: id for id, piece in enumerate(pieces)}, merges, byte_fallback=True, unk_token="<unk>")
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
+def shown(tokenizer: Any, tokens: list[int]) -> list[str]:
     detokenizer = Detokenizer(tokenizer)
     return [*(detokenizer.push(token) for token in tokens), detokenizer.flush()]
 
 
-SMALL = sentencepiece()
+SMALL = pieces()
 
 
 @given(st.text(st.sampled_from("abc  \n€你😀é"), max_size=12), st.text(st.sampled_from("ab 你"), max_size=4))
 def test_the_pieces_are_the_text(text: str, more: str) -> None:
     tokens = [*SMALL(text).input_ids, SMALL.eos_token_id, *SMALL(more).input_ids]
-    assert "".join(pieces(SMALL, tokens)) == SMALL.decode(tokens, skip_special_tokens=True)
+    assert "".join(shown(SMALL, tokens)) == SMALL.decode(tokens, skip_special_tokens=True)
 
 
 def test_a_character_is_shown_once_it_is_whole() -> None:
@@ -48,10 +31,10 @@ def test_a_character_is_shown_once_it_is_whole() -> None:
 
     a = SMALL.convert_tokens_to_ids("▁a")
     tokens = [a, *(byte(value) for value in "😀".encode()), a]
-    assert pieces(SMALL, tokens) == ["a", "", "", "", "😀", " a", ""]
-    assert pieces(SMALL, tokens[:3]) == ["a", "", "", "\ufffd\ufffd"]
+    assert shown(SMALL, tokens) == ["a", "", "", "", "😀", " a", ""]
+    assert shown(SMALL, tokens[:3]) == ["a", "", "", "\ufffd\ufffd"]
     # A character before bytes that are none: decode gives up all of them, but the character is shown by then.
-    assert pieces(SMALL, [*(byte(value) for value in b"\xc3\xa9\xf0"), a]) == ["", "é", "", "\ufffd a", ""]
+    assert shown(SMALL, [*(byte(value) for value in b"\xc3\xa9\xf0"), a]) == ["", "é", "", "\ufffd a", ""]
 
 
 TEXTS = [
@@ -72,9 +55,9 @@ def test_the_real_llama_2_tokenizer(text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared_data("llama2-tokenizer"))
     alone = tokenizer(text, add_special_tokens=False).input_ids
     for tokens in (alone, tokenizer(text).input_ids, [*alone, tokenizer.eos_token_id, tokenizer.bos_token_id, *alone]):
-        shown = pieces(tokenizer, tokens)
-        assert "".join(shown) == tokenizer.decode(tokens, skip_special_tokens=True)
-        assert not any("\ufffd" in piece for piece in shown)
+        found = shown(tokenizer, tokens)
+        assert "".join(found) == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert not any("\ufffd" in piece for piece in found)
 
 
 def test_special_tokens_that_the_decoder_does_not_know_are_shown_as_it_shows_them() -> None:
@@ -82,4 +65,4 @@ def test_special_tokens_that_the_decoder_does_not_know_are_shown_as_it_shows_the
 
     tokenizer = AutoTokenizer.from_pretrained(shared_data("tinystories-656k-hf"))
     tokens = tokenizer("Once upon a time").input_ids
-    assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "".join(shown(tokenizer, tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)

@@ -1,5 +1,7 @@
 """The learning rate: rule of thumb and schedules; what AdamW is given."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -17,12 +19,12 @@ def test_rule_of_thumb() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.0), (10, 0.3), (37, 0.1), (5, 1.0), (1, 0.0), (1, 0.03)])
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.0), (10, 0.3), (37, 0.1), (1, 0.0), (200, 0.99)])
 def test_schedules_are_those_of_transformers(schedule: Schedule, steps: int, warmup: float) -> None:
     """After the warm-up; in it transformers' first step has rate 0 and does nothing, so ours is one step ahead."""
     from transformers import get_scheduler
 
-    rising = -int(-warmup * steps // 1)  # up
+    rising = math.ceil(warmup * steps)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
     theirs = get_scheduler(name, optimizer, rising, steps)
