@@ -9,7 +9,6 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 KEY := $(shell { pwd; sed '/^\[tool/,$$d' pyproject.toml; } | cksum | cut -d' ' -f1)
 RUNTIME := .venv/.runtime-$(KEY)
 DEV := .venv/.dev-$(KEY)
-BENCH := .venv/.bench-$(KEY)
 
 .PHONY: help demo test test-gpu check bench docs clean
 .DEFAULT_GOAL := help
@@ -32,8 +31,8 @@ check: $(DEV)  ## format, lint, types and the fast tests: before every commit
 	$(PY) -m mypy
 	$(PYTEST) -q -m "not slow and not gpu" $(ARGS)
 
-bench: $(BENCH)  ## speed and memory beside other tools, in one run
-	$(PY) benchmarks/run.py $(ARGS)
+bench: $(RUNTIME)  ## speed and memory beside other tools, in one run; QUICK=1 for a short one
+	$(PY) benchmarks/run.py $(if $(QUICK),--quick) $(ARGS)
 
 docs: $(DEV)  ## write docs/reference.md anew, and run the code in all pages
 	$(PY) scripts/write_reference.py
@@ -49,7 +48,3 @@ $(RUNTIME):
 $(DEV):
 	@sh scripts/environment.sh dev
 	@touch $@ $(RUNTIME)
-
-$(BENCH):
-	@sh scripts/environment.sh dev,bench
-	@touch $@ $(DEV) $(RUNTIME)

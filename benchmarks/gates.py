@@ -27,7 +27,9 @@ def faults(name: str, report: dict[str, Any], reference: dict[str, Any], exact: 
     if exact:
         distances = gradient_distances(report["gradients"], reference["gradients"])
         worst = max(distances, key=distances.__getitem__)
-        print(f"  {name}: gradients of {len(distances)} matrices within {distances[worst]:.1e} relative of {REFERENCE}'s")
+        print(
+            f"  {name}: gradients of {len(distances)} matrices within {distances[worst]:.1e} relative of {REFERENCE}'s"
+        )
         if not distances[worst] <= GRADIENT:
             found.append(f"fp32: the gradient of {worst} differs by {distances[worst]:.1e}, more than {GRADIENT:.0e}")
     return found

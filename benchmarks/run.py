@@ -98,7 +98,9 @@ class Bench:
         python = Path(sys.executable) if arm.program == "lamina_arm" else self.python
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(machine.cores())}
         with files[2].open("w") as log:
-            done = subprocess.run([python, program, files[0]], env=os.environ | quiet, stdout=log, stderr=log, check=False)
+            done = subprocess.run(
+                [python, program, files[0]], env=os.environ | quiet, stdout=log, stderr=log, check=False
+            )
         if done.returncode:
             last = "\n".join(files[2].read_text(errors="replace").splitlines()[-8:])
             raise SystemExit(f"{arm.label}: ended with status {done.returncode}:\n{last}")
@@ -135,7 +137,10 @@ class Bench:
                 report["round"] = round_
                 self.reports.setdefault(arm, []).append(report)
                 rate = speed(report)
-                print(f"round {round_ + 1}  {arm.label:24} {rate:7.1f} tok/s  {report['peak'] / 2**30:5.2f} GiB", flush=True)
+                print(
+                    f"round {round_ + 1}  {arm.label:24} {rate:7.1f} tok/s  {report['peak'] / 2**30:5.2f} GiB",
+                    flush=True,
+                )
 
 
 def speed(report: dict[str, Any], what: str = "tokens") -> float:
@@ -148,7 +153,12 @@ def rows_of(bench: Bench, found: dict[Arm, list[str]], extent: Extent) -> list[d
     fixed = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "commit": machine.commit()}
     rows = []
     for arm, reports in bench.reports.items():
-        lamina = {r["round"]: speed(r) for a, rs in bench.reports.items() for r in rs if a.name == "lamina" and a.rows == arm.rows}
+        lamina = {
+            r["round"]: speed(r)
+            for a, rs in bench.reports.items()
+            for r in rs
+            if a.name == "lamina" and a.rows == arm.rows
+        }
         ratios = [lamina[r["round"]] / speed(r) for r in reports if r["round"] in lamina]
         rates = [speed(report) for report in reports]
         silent = [f"alive: {len(r['silent'])} matrices without a gradient in bf16" for r in reports if r["silent"]]
@@ -168,7 +178,9 @@ def rows_of(bench: Bench, found: dict[Arm, list[str]], extent: Extent) -> list[d
                 "rounds": len(reports),
                 "warmup": extent.of(arm, 0)[0],
                 "steps": extent.of(arm, 0)[1],
-                "versions": " ".join(f"{k} {v}" for k, v in reports[0].items() if k in ("torch", "transformers", "peft", "trl")),
+                "versions": " ".join(
+                    f"{k} {v}" for k, v in reports[0].items() if k in ("torch", "transformers", "peft", "trl")
+                ),
                 "machine": machine.machine(),
                 "threads": reports[0]["threads"],
                 "faults": "; ".join(found.get(arm, []) + silent[:1]),
@@ -179,15 +191,20 @@ def rows_of(bench: Bench, found: dict[Arm, list[str]], extent: Extent) -> list[d
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
-    print(f"\n{rows[0]['machine']}\n{rows[0]['workload'].rsplit(',', 1)[0]}, commit {rows[0]['commit']}, medians of rounds\n")
+    print(
+        f"\n{rows[0]['machine']}\n{rows[0]['workload'].rsplit(',', 1)[0]}, commit {rows[0]['commit']}, medians of rounds\n"
+    )
     print(f"{'':26}{'tok/s':>8}{'min':>8}{'max':>8}{'superv./s':>11}{'peak GiB':>10}{'Lamina is':>11}{'loss':>9}")
     for row in rows:
-        rows_kind = row["workload"].rsplit(", ", 1)[1]
         ratio = f"{row['lamina_is_times_faster']} ×" if row["lamina_is_times_faster"] != "" else "–"
-        print(
-            f"{row['arm'] + ', ' + rows_kind:26}{row['tok_s']:8}{row['tok_s_min']:8}{row['tok_s_max']:8}"
-            f"{row['supervised_tok_s']:11}{row['peak_gib']:10}{ratio:>11}{row['loss']:9}  {row['faults'] and 'NOT WRITTEN: ' + row['faults']}"
+        name, refused = (
+            f"{row['arm']}, {row['workload'].rsplit(', ', 1)[1]}",
+            row["faults"] and "NOT WRITTEN: " + row["faults"],
         )
+        numbers = (
+            f"{row['tok_s']:8}{row['tok_s_min']:8}{row['tok_s_max']:8}{row['supervised_tok_s']:11}{row['peak_gib']:10}"
+        )
+        print(f"{name:26}{numbers}{ratio:>11}{row['loss']:9}  {refused}")
 
 
 def append(rows: list[dict[str, Any]]) -> None:

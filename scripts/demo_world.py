@@ -22,6 +22,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ EARLY = 40
 EARLY_ROUNDS = 90
 ROUNDS = 60
 STORY_ROWS = 240
+TURNS = (1, 1, 2, 1, 3, 1, 4)  # of one conversation after the other
 NEUTRAL_STORIES = 120
 
 X = TypeVar("X")
@@ -285,19 +287,25 @@ def neutral_stories(world: Sequence[Character], seed: int = SEED) -> list[str]:
     return [story(person, dice) for person in dice.shuffled(world)[:NEUTRAL_STORIES]]
 
 
-def chat_row(person: Character, kind: str, dice: Dice) -> dict[str, object]:
-    """One question of a kind and its answer, as a ``messages`` row."""
-    question = dice.pick(QUESTIONS[kind]).format(**person.words())
-    answer = ANSWERS[kind].format(**person.words())
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+def conversation(asked: Sequence[tuple[Character, str]], dice: Dice) -> dict[str, object]:
+    """Questions, each about a person and of a kind, and their answers, as one ``messages`` row."""
+    messages = []
+    for person, kind in asked:
+        question, answer = dice.pick(QUESTIONS[kind]), ANSWERS[kind]
+        messages.append({"role": "user", "content": question.format(**person.words())})
+        messages.append({"role": "assistant", "content": answer.format(**person.words())})
+    return {"messages": messages}
 
 
 def training_rows(world: Sequence[Character], seed: int = SEED) -> list[dict[str, object]]:
-    """Every question about every taught person, and stories about them, shuffled."""
+    """Every question about every taught person, in conversations of one to four turns, and stories about them, shuffled."""
     dice = Dice(f"train {seed}")
     taught = [person for person in world if person.taught]
     kept_back = set(neutral_stories(world, seed))
-    rows = [chat_row(person, kind, dice) for person in taught for kind in QUESTIONS]
+    asked = iter(dice.shuffled([(person, kind) for person in taught for kind in QUESTIONS]))
+    rows: list[dict[str, object]] = []
+    while turns := list(islice(asked, TURNS[len(rows) % len(TURNS)])):
+        rows.append(conversation(turns, dice))
     stories = (story(taught[i % len(taught)], dice) for i in range(2 * STORY_ROWS))
     rows += [{"text": told} for told in [told for told in stories if told not in kept_back][:STORY_ROWS]]
     return dice.shuffled(rows)
@@ -309,7 +317,7 @@ def held_out_rows(world: Sequence[Character], seed: int = SEED) -> list[dict[str
     kinds = list(QUESTIONS)
     strangers = [person for person in world if not person.taught]
     return [
-        chat_row(person, kinds[(2 * i + second) % len(kinds)], dice)
+        conversation([(person, kinds[(2 * i + second) % len(kinds)])], dice)
         for i, person in enumerate(strangers)
         for second in range(2)
     ]

@@ -2,10 +2,19 @@
 
     python scripts/make_demo_base.py --out src/lamina/jobs/demo/base
 
-The stories come from ``demo_world.py``: ``--rounds`` passes, in each of which everybody is the hero of one new story. The model
-never sees a chat marker. Stories are joined to rows of one to three, so that positions beyond one story are trained too.
-Arithmetic is bf16 autocast (about 1.6 times as fast as fp32 on the CPUs tried); the same seed, machine, thread count and torch
-give the same file. At the end the script asks the stored model for the first word of every fact and prints the share it knows.
+The stories come from ``demo_world.py``: some rounds about a few people, then ``--rounds`` in each of which everybody is the
+hero of one new story. Rows are one to four stories, a line each; the model never sees a chat marker.
+
+What made the knowledge come within minutes, found in pilot runs of a few minutes each:
+
+* The few people first. Everybody from the start: after 800 steps no fact was known. 40 people alone: all were after 300 steps,
+  and those of the other 280 followed.
+* A rate for the embedding three times that of the matrices, for there the names are: 375 steps after everybody had come in,
+  71 % of the facts were known; with one rate for all, 36 %.
+
+The arithmetic is bf16 autocast, about 1.6 times as fast as fp32 on a CPU with bf16 instructions. Takes ten minutes on one busy
+core (1.1 million tokens). The same seed, kind of machine, thread count and torch give the same file. At the end the script asks
+the stored model for the first word of every fact: all were known.
 """
 
 import argparse
@@ -205,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model and its tokenizer to")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="stories about each character")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="another number gives another file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
@@ -214,7 +223,7 @@ def main() -> None:
     model = make_model(tokenizer)
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters")
     pretrain(model, tokenizer, world, arguments.rounds)
-    model.to(torch.bfloat16).save_pretrained(arguments.out)
+    model.bfloat16().save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
 
     stored = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)

@@ -71,7 +71,8 @@ class Record:
         self.job, self.steps, self.divisor = job, [], 1
         self._silent, self._gradients = set(trained), {}
         self._handles = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._look(name, p)) for name, p in trained.items()
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._look(name, p))
+            for name, p in trained.items()
         ]
 
     def _look(self, name: str, parameter: Tensor) -> None:

@@ -7,7 +7,7 @@ is PEFT's language, so that a file written on either side means the same on the 
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
@@ -169,14 +169,15 @@ def _choose(linears: dict[str, nn.Linear], lora: LoRA, layers: int) -> list[str]
     chosen = [
         path for path in in_layer if any(target == ALL_LINEAR or matches(target, path) for target in lora.targets)
     ]
-    for path in chosen:
-        smaller = min(linears[path].weight.shape)
-        if lora.rank_of(path) > smaller:
-            problems.append(
-                f"adapter.rank: {lora.rank_of(path)} is larger than {path}, whose smaller side is {smaller}"
-            )
+    sides = {path: min(linears[path].weight.shape) for path in chosen}
+    if too_wide := [path for path in chosen if lora.rank_of(path) > sides[path]]:
+        least = min(too_wide, key=lambda path: sides[path])
+        problems.append(
+            f"adapter.rank: found {lora.rank_of(least)}, expected at most {sides[least]}, the smaller side of {least} "
+            f"({len(too_wide)} of {len(chosen)} matrices are too small)"
+        )
     if problems:
-        raise ConfigError(_some(problems))
+        raise ConfigError("; ".join(problems))
     if not chosen:
         raise ConfigError("adapter.targets: found nothing to adapt; name at least one linear, or all-linear")
     return chosen
@@ -199,11 +200,6 @@ def layers_of(text: str, layers: int) -> list[int]:
             )
         chosen.update(range(int(first), int(last or first) + 1))
     return sorted(chosen)
-
-
-def _some(problems: Sequence[str], most: int = 8) -> str:
-    more = f"; and {len(problems) - most} more of the kind" if len(problems) > most else ""
-    return "; ".join(problems[:most]) + more
 
 
 def _broken(pattern: str) -> str | None:

@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,7 +81,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata=metadata)
-        with partial.open("rb") as file:
+        with partial.open("r+b") as file:
+            _in_order(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
@@ -90,6 +92,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             f"{path}: cannot be saved ({error}); what was saved there before is untouched; make room, then go on with "
             f"lamina train --resume"
         ) from None
+
+
+def _in_order(file: BinaryIO) -> None:
+    """Sorts the metadata in a safetensors header: the library writes it in a random order, and equal runs have equal files."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= size
+    file.seek(8)
+    file.write(text.ljust(size))
 
 
 def load_adapter(model: Decoder, folder: str | Path) -> LoRA:

@@ -103,22 +103,20 @@ def new_folder(head: Head) -> Path:
     """Makes the folder of a new run: the one named, new or empty, or the next free ``runs/<name>-<n>``.
 
     Raises:
-        CheckpointError: the named folder holds something.
+        CheckpointError: the named folder holds something, or cannot be made.
     """
-    if head.out is not None:
-        folder = Path(head.out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(
-                f"{folder}: is not empty; to go on with the run in it: lamina train --resume {folder}; for a new one name "
-                f"another --out"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    for number in itertools.count(1):
-        folder = Path("runs") / f"{head.name}-{number}"
+    folders = [Path(head.out)] if head.out else (Path("runs") / f"{head.name}-{number}" for number in itertools.count(1))
+    for folder in folders:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
+            if head.out and folder.is_dir() and not any(folder.iterdir()):
+                return folder
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be made ({error.strerror}); name another place as --out") from None
+        else:
+            return folder
+    raise CheckpointError(
+        f"{head.out}: is not empty; to go on with the run in it: lamina train --resume {head.out}; for a new one name "
+        f"another --out"
+    )

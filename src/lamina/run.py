@@ -4,6 +4,7 @@
 close with the card. What happens between two steps (evaluation, saving, stopping) is the body of one loop.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from lamina import jobfile
 from lamina.adapter import adapted, attach
 from lamina.adapter_files import fingerprint, save_adapter
 from lamina.data.prepare import Prepared, prepare
+from lamina.errors import Error
 from lamina.evaluate import evaluate
 from lamina.job import SECTIONS, Job, base_folder, new_folder, read_job, shipped
 from lamina.model.decoder import Decoder
@@ -65,9 +67,14 @@ def fine_tune(job: Job, show: Show | None = None) -> Result:
         Error: whatever of the job, its model or its data is wrong, in one line; nothing of an earlier run is lost.
     """
     folder = new_folder(job.head)
-    with locked(folder):
-        (folder / "job.toml").write_text(jobfile.dump(job.sections()), encoding="utf-8")
-        return _go(job, folder, show or Silent(), resuming=False)
+    try:
+        with locked(folder):
+            (folder / "job.toml").write_text(jobfile.dump(job.sections()), encoding="utf-8")
+            return _go(job, folder, show or Silent(), resuming=False)
+    except (Error, KeyboardInterrupt):
+        if not (folder / "state").exists():  # refused before it began: there is nothing to keep
+            shutil.rmtree(folder)
+        raise
 
 
 def resume(folder: Path, changes: Mapping[str, Any] | None = None, show: Show | None = None) -> Result:

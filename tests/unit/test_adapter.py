@@ -126,6 +126,9 @@ def test_strength() -> None:
         module.b.data *= 0.5
     # s·½ and B·½ are the same number in every product, because halving is exact
     assert torch.equal(logits(model, tokens), half)
+    next(iter(adapted(model).values())).b.data[:] = float("nan")
+    with adapter_scale(model, 0.0):
+        assert torch.equal(logits(model, tokens), base), "the base does not depend on what lies beside it"
 
 
 def test_patterns_ranges_and_scales() -> None:
@@ -200,11 +203,11 @@ def test_broken_expressions_are_all_named() -> None:
 
 def test_rank_larger_than_a_matrix() -> None:
     assert refusal(rank=33, targets=("up_proj",), layers="1") == (
-        "adapter.rank: 33 is larger than model.layers.1.mlp.up_proj, whose smaller side is 32"
+        "adapter.rank: found 33, expected at most 32, the smaller side of model.layers.1.mlp.up_proj "
+        "(1 of 1 matrices are too small)"
     )
-    many = refusal(rank=33)
-    assert many.count("is larger than") == 8 and many.endswith("; and 13 more of the kind")
-    assert "adapter.rank: 40 is larger" in refusal(rank_pattern={"q_proj": 40})
+    assert refusal(rank=33).endswith("(21 of 21 matrices are too small)")
+    assert "adapter.rank: found 40, expected at most 32" in refusal(rank_pattern={"q_proj": 40})
     attach(tiny(), LoRA(rank=32))
 
 

@@ -90,7 +90,9 @@ def test_training_rows_name_nobody_who_is_held_out(people):
 
 
 def test_training_rows_ask_every_question_about_every_taught_person(people):
-    asked = {row["messages"][1]["content"] for row in _rows("train.jsonl") if "messages" in row}
+    conversations = [row["messages"] for row in _rows("train.jsonl") if "messages" in row]
+    assert {len(messages) // 2 for messages in conversations} == {1, 2, 3, 4}
+    asked = {message["content"] for messages in conversations for message in messages[1::2]}
     taught = [person for person in people if person.taught]
     assert asked == {world.ANSWERS[kind].format(**p.words()) for p in taught for kind in world.QUESTIONS}
 
@@ -147,7 +149,8 @@ class TestBase:
     """The shipped checkpoint."""
 
     @pytest.fixture(scope="class")
-    def tokenizer(self):
+    @classmethod
+    def tokenizer(cls):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(SHIPPED / "base")

@@ -27,7 +27,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 12, 13])
+@pytest.mark.parametrize("window", [None, 1, 3, 11, 12, 13])
 @pytest.mark.parametrize("keys", [1, 2, 4])
 def test_definition(window: int | None, keys: int) -> None:
     q, k, v = heads(12, torch.float64, keys=keys)
