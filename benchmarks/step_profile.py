@@ -24,7 +24,7 @@ from lamina.adapter import AdaptedLinear, adapted
 from lamina.data.pack import pack
 from lamina.model.decoder import Decoder
 from lamina.ops.loss import SLICE
-from lamina.train.loop import start, train
+from lamina.training.loop import start, train
 
 WARMUP, STEPS, BATCH = 2, 5, 4
 GEMMS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear"}

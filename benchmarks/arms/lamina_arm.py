@@ -8,8 +8,8 @@ from lamina.adapter import adapted
 from lamina.adapter_files import load_adapter
 from lamina.data.render import Rendered
 from lamina.model.weights import load_model
-from lamina.train.loop import Training, start, train
-from lamina.train.order import rows_of_step
+from lamina.training.loop import Training, start, train
+from lamina.training.order import rows_of_step
 
 
 class InOrder:

@@ -5,8 +5,6 @@ Everything public is in ``lamina.__all__``. Names are imported when they are fir
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,22 +25,22 @@ if TYPE_CHECKING:
     from lamina.errors import Error as Error
     from lamina.errors import ModelError as ModelError
     from lamina.errors import TrainingError as TrainingError
-    from lamina.evaluate import evaluate as evaluate
-    from lamina.generate import Sampling as Sampling
-    from lamina.generate import generate as generate
+    from lamina.evaluation import evaluate as evaluate
+    from lamina.generation import Sampling as Sampling
+    from lamina.generation import generate as generate
     from lamina.job import Job as Job
-    from lamina.merge import merge as merge
+    from lamina.merging import merge as merge
     from lamina.model.tokenizer import load_tokenizer as load_tokenizer
     from lamina.model.weights import ModelSettings as ModelSettings
     from lamina.model.weights import load_model as load_model
     from lamina.run import Result as Result
     from lamina.run import fine_tune as fine_tune
     from lamina.run import resume as resume
-    from lamina.train.loop import State as State
-    from lamina.train.loop import Step as Step
-    from lamina.train.loop import Training as Training
-    from lamina.train.loop import start as start
-    from lamina.train.loop import train as train
+    from lamina.training.loop import State as State
+    from lamina.training.loop import Step as Step
+    from lamina.training.loop import Training as Training
+    from lamina.training.loop import start as start
+    from lamina.training.loop import train as train
 
 _HOME = {
     "adapter": ("LoRA", "attach", "detach"),
@@ -51,14 +49,14 @@ _HOME = {
     "data.pack": ("Batch", "pack"),
     "data.render": ("render",),
     "errors": ("AdapterError", "CheckpointError", "ConfigError", "DataError", "Error", "ModelError", "TrainingError"),
-    "evaluate": ("evaluate",),
-    "generate": ("Sampling", "generate"),
+    "evaluation": ("evaluate",),
+    "generation": ("Sampling", "generate"),
     "job": ("Job",),
-    "merge": ("merge",),
+    "merging": ("merge",),
     "model.tokenizer": ("load_tokenizer",),
     "model.weights": ("ModelSettings", "load_model"),
     "run": ("Result", "fine_tune", "resume"),
-    "train.loop": ("State", "Step", "Training", "start", "train"),
+    "training.loop": ("State", "Step", "Training", "start", "train"),
 }
 _MODULE = {name: f"lamina.{module}" for module, names in _HOME.items() for name in names}
 
@@ -103,18 +101,3 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module 'lamina' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE[name]), name)
-
-
-class _Package(ModuleType):
-    """The package, whose public functions are not hidden by modules of the same name.
-
-    Python binds a module to its package when it is first imported, wherever that is: ``lamina.generate`` would be the
-    function or the module, depending on what was imported before.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -12,13 +12,13 @@ from lamina import jobfile, jobs
 from lamina.adapter import LoRA
 from lamina.data.examples import DataSettings
 from lamina.errors import CheckpointError
-from lamina.evaluate import Evaluating
-from lamina.generate import Sampling
+from lamina.evaluation import Evaluating
+from lamina.generation import Sampling
 from lamina.jobfile import Head
 from lamina.model.locate import locate
 from lamina.model.weights import ModelSettings
 from lamina.section import section
-from lamina.train.loop import Training
+from lamina.training.loop import Training
 
 
 @section
@@ -105,7 +105,9 @@ def new_folder(head: Head) -> Path:
     Raises:
         CheckpointError: the named folder holds something, or cannot be made.
     """
-    folders = [Path(head.out)] if head.out else (Path("runs") / f"{head.name}-{number}" for number in itertools.count(1))
+    folders = (
+        [Path(head.out)] if head.out else (Path("runs") / f"{head.name}-{number}" for number in itertools.count(1))
+    )
     for folder in folders:
         try:
             folder.mkdir(parents=True)

@@ -9,7 +9,7 @@ from lamina.adapter_files import load_adapter
 from lamina.data.prepare import Prepared, prepare
 from lamina.data.render import end_tokens
 from lamina.errors import CheckpointError
-from lamina.evaluate import read_neutral
+from lamina.evaluation import read_neutral
 from lamina.job import Job, base_folder, read_job, shipped, shipped_path
 from lamina.model.checkpoint import stored_tensors
 from lamina.model.decoder import Decoder

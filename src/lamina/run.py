@@ -16,7 +16,7 @@ from lamina.adapter import adapted, attach
 from lamina.adapter_files import fingerprint, save_adapter
 from lamina.data.prepare import Prepared, prepare
 from lamina.errors import Error
-from lamina.evaluate import evaluate
+from lamina.evaluation import evaluate
 from lamina.job import SECTIONS, Job, base_folder, new_folder, read_job, shipped
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
@@ -24,9 +24,9 @@ from lamina.model.weights import load_model
 from lamina.opened import Opened, card_of, measured, open_run, stops
 from lamina.report.opening import data_lines, training_lines
 from lamina.report.record import Record, read_metrics, write_json
-from lamina.train.interrupt import Interrupts
-from lamina.train.loop import State, Step, rehearse, start, train
-from lamina.train.resume import Progress, load_state, locked, save_state
+from lamina.training.interrupt import Interrupts
+from lamina.training.loop import State, Step, rehearse, start, train
+from lamina.training.resume import Progress, load_state, locked, save_state
 from lamina.understand.card import Card
 
 CHANGEABLE = ("read_ahead", "save_every")

@@ -21,7 +21,18 @@ STEPS = 10
 TIMING = ("seconds", "memory_bytes")
 ARGUMENTS = [
     *("--dtype", "fp32", "--device", "cpu", "--rank", "2", "--dropout", "0.1", "--batch-size", "3", "--seed", "7"),
-    *("--steps", str(STEPS), "--eval-every", "3", "--save-every", "2", "--eval-samples", "2", "--eval-max-new-tokens", "4"),
+    *(
+        "--steps",
+        str(STEPS),
+        "--eval-every",
+        "3",
+        "--save-every",
+        "2",
+        "--eval-samples",
+        "2",
+        "--eval-max-new-tokens",
+        "4",
+    ),
 ]
 
 
@@ -90,6 +101,7 @@ def test_a_killed_run_resumes_to_the_same_result(line: str, place: Path, named: 
     process.kill()
     process.communicate()
     assert not (run / "card.json").exists()
+    (run / "state").mkdir(exist_ok=True)
     (run / "state" / "state.safetensors.partial").write_bytes(b"half a state")  # what a kill while saving leaves
     subprocess.run(
         train("--resume", str(run), "--read-ahead", "5"), check=True, capture_output=True, env=single_thread()
@@ -99,7 +111,9 @@ def test_a_killed_run_resumes_to_the_same_result(line: str, place: Path, named: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_and_says_how_to_go_on(number: signal.Signals, place: Path, named: list[str], whole: Path) -> None:
+def test_an_interrupt_saves_and_says_how_to_go_on(
+    number: signal.Signals, place: Path, named: list[str], whole: Path
+) -> None:
     run = place / f"interrupted-{number.name}"
     process = run_until(train(*named, "--out", str(run)), "step 1/")
     process.send_signal(number)
@@ -111,7 +125,9 @@ def test_an_interrupt_saves_and_says_how_to_go_on(number: signal.Signals, place:
 
 
 @pytest.mark.slow
-def test_two_processes_in_one_folder_are_refused(place: Path, named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_in_one_folder_are_refused(
+    place: Path, named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = place / "shared"
     process = run_until(train(*named, "--steps", "1000000", "--out", str(run)), "step 0/")  # longer than the test
     try:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, hosted, some_tokens, tiny
 
-from lamina.generate import Generated, Sampling, generate
+from lamina.generation import Generated, Sampling, generate
 from lamina.model.weights import load_model
 from lamina.ops.sampling import penalise, warp
 

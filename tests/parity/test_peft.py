@@ -15,8 +15,8 @@ from lamina.adapter_files import save_adapter
 from lamina.data.pack import pack
 from lamina.data.render import Rendered
 from lamina.model.decoder import Decoder
-from lamina.train.loop import Training, backward, start, train
-from lamina.train.order import rows_of_step
+from lamina.training.loop import Training, backward, start, train
+from lamina.training.order import rows_of_step
 
 LORA = LoRA(rank=4, alpha=6)
 

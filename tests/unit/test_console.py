@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from lamina.report.console import Progress, before_after, clean, duration, safe_json
-from lamina.train.loop import Step
+from lamina.training.loop import Step
 
 HOSTILE = "\x1b[2Jgone \x9b31m\r\x07\u202eback\ud800"
 

@@ -23,19 +23,19 @@ LAYERS = (
     {"errors", "section"},
     {"ops"},
     {"model", "adapter", "adapter_files", "data"},
-    {"train", "generate", "evaluate"},
+    {"training", "generation", "evaluation"},
     {"understand"},
     {"settings", "jobfile", "jobs", "job", "report"},
-    {"opened", "merge", "run"},
+    {"opened", "merging", "run"},
     {"cli", "commands", "__main__"},
     {""},  # lamina/__init__.py, the public surface
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 # These compute; they are given what was read, and return what is to be written.
-NO_DISK = {"errors", "section", "settings", "ops", "adapter", "generate", "model.decoder", "data.forms"}
+NO_DISK = {"errors", "section", "settings", "ops", "adapter", "generation", "model.decoder", "data.forms"}
 NO_DISK |= {"data.llama2_text", "data.offsets", "data.render", "data.fit", "data.pack"}
-NO_DISK |= {"train.loop", "train.order", "train.optimizer", "train.finite"}
+NO_DISK |= {"training.loop", "training.order", "training.optimizer", "training.finite"}
 DISK = {"open", "fdopen", "memmap", "safe_open", "save_file", "mkdir", "rmdir", "unlink", "rename", "rmtree", "touch"}
 DISK |= {
     "read_text",
@@ -50,7 +50,7 @@ DISK |= {
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Modules by their name inside the package: ``train.loop``, ``jobs``; the package itself is the empty name."""
+    """Modules by their name inside the package: ``training.loop``, ``jobs``; the package itself is the empty name."""
     return {
         ".".join(file.relative_to(package).with_suffix("").parts).removesuffix("__init__").rstrip("."): file
         for file in sorted(package.rglob("*.py"))
@@ -152,7 +152,7 @@ def test_house_rules() -> None:
     [
         (
             layer_faults,
-            {"ops/a.py": "def f():\n    from lamina.train import b", "train/b.py": ""},
+            {"ops/a.py": "def f():\n    from lamina.training import b", "training/b.py": ""},
             "a.py:2: lamina.ops.a imports",
         ),
         (layer_faults, {"ops/a.py": "from . import b", "ops/b.py": ""}, "a.py:1: lamina.ops.a imports lamina..b"),

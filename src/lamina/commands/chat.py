@@ -13,7 +13,7 @@ from lamina.commands.opening import add_opening, add_sampling, open_given, sampl
 from lamina.data.forms import Message
 from lamina.data.render import render_prompt
 from lamina.errors import DataError, ModelError
-from lamina.generate import stream
+from lamina.generation import stream
 from lamina.model.detokenizer import Detokenizer
 from lamina.report.console import clean
 

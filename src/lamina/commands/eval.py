@@ -10,7 +10,7 @@ from pathlib import Path
 from lamina import settings
 from lamina.commands.opening import add_opening, open_given
 from lamina.errors import CheckpointError
-from lamina.evaluate import Evaluating
+from lamina.evaluation import Evaluating
 from lamina.opened import card_of
 from lamina.report.console import before_after, safe_json
 

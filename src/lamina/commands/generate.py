@@ -13,7 +13,7 @@ from lamina.commands.opening import add_opening, add_sampling, open_given, sampl
 from lamina.data.forms import Message, Role
 from lamina.data.render import render_prompt
 from lamina.errors import DataError
-from lamina.generate import generate
+from lamina.generation import generate
 from lamina.report.console import clean, safe_json
 
 Conversation = tuple[Message, ...]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lamina.commands.opening import add_opening, model_changes
-from lamina.merge import merge
+from lamina.merging import merge
 from lamina.report.console import clean, safe_json
 
 

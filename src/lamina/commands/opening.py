@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lamina import settings
-from lamina.generate import Sampling
+from lamina.generation import Sampling
 from lamina.model.weights import ModelSettings
 from lamina.opened import Opened, open_run
 

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lamina.train.loop import Step
+from lamina.training.loop import Step
 
 Stream = TextIO | io.TextIOWrapper | io.StringIO  # the latter two are TextIO to a type checker, but not at run time
 _PLAIN_SECONDS = 10.0  # a log stays readable, and still shows within ten seconds that the run lives

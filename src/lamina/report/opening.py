@@ -8,7 +8,7 @@ from lamina.adapter import adapted
 from lamina.data.prepare import Prepared
 from lamina.data.render import show
 from lamina.model.decoder import Decoder
-from lamina.train.loop import Training
+from lamina.training.loop import Training
 
 
 def data_lines(data: Prepared, tokenizer: Any) -> Iterator[str]:

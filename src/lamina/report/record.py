@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lamina.train.loop import Step
+from lamina.training.loop import Step
 
 
 class Record:

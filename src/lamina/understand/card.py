@@ -7,7 +7,7 @@ from typing import Any
 
 from lamina.adapter import adapter_scale
 from lamina.data.render import Rendered
-from lamina.evaluate import Answers, Evaluating, Evaluation, answers, evaluate
+from lamina.evaluation import Answers, Evaluating, Evaluation, answers, evaluate
 from lamina.model.decoder import Decoder
 
 SHOWN = 3

@@ -1,7 +1,6 @@
 """The held-out loss is the definition's, whatever the batches; answers and neutral text are cut where they should be."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import nn
 
+from lamina import evaluation as module
 from lamina.data.render import Rendered
 from lamina.errors import ConfigError, DataError
-from lamina.evaluate import Answers, Evaluating, Evaluation, answers, evaluate, read_neutral
-from lamina.generate import Sampling, generate
-
-module = sys.modules["lamina.evaluate"]  # the package's own attribute of this name is the function
+from lamina.evaluation import Answers, Evaluating, Evaluation, answers, evaluate, read_neutral
+from lamina.generation import Sampling, generate
 
 BOS, END = 0, 1
 

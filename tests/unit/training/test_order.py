@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.train.order import rows_of_step, steps_of
+from lamina.training.order import rows_of_step, steps_of
 
 sizes = st.integers(1, 60)
 

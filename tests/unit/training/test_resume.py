@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from lamina.adapter import LoRA, adapted, attach
 from lamina.errors import CheckpointError
 from lamina.model.decoder import Decoder
-from lamina.train.loop import State, Training, start, train
-from lamina.train.resume import VERSION, Progress, load_state, locked, read_header, save_state
+from lamina.training.loop import State, Training, start, train
+from lamina.training.resume import VERSION, Progress, load_state, locked, read_header, save_state
 
 TRAINING = Training(batch_size=4, epochs=2, learning_rate=1e-2, weight_decay=0.1, clip=0.5)
 DATA = examples(18)

@@ -4,7 +4,6 @@ Models are random and in float64, so that rounding does not decide between two t
 are (logits are chosen from in fp32; two that fall together there are equally rounded in all runs).
 """
 
-import sys
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
@@ -15,14 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamina import generation as module
 from lamina.errors import ConfigError, DataError, ModelError
-from lamina.generate import Generated, Sampling, generate, stream
+from lamina.generation import Generated, Sampling, generate, stream
 from lamina.model.architecture import Architecture, Rope
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
 from lamina.ops.cache import Cache
-
-module = sys.modules["lamina.generate"]  # the package's own attribute of this name is the function
 
 VOCABULARY = 24
 

@@ -10,7 +10,7 @@ from models import examples, tiny
 from lamina.adapter import LoRA, adapted, attach
 from lamina.errors import TrainingError
 from lamina.model.decoder import Decoder
-from lamina.train.loop import Training, start, train
+from lamina.training.loop import Training, start, train
 
 TRAINING = Training(batch_size=8, micro_batch_tokens=40, learning_rate=1e-3)
 END = "; the adapter is as it was before this step; lower the learning rate, or look at these rows"
@@ -55,7 +55,7 @@ def test_a_nan_in_the_base_is_found_where_it_is(broken: str, named: str) -> None
 
 def _rows(model: Decoder, data: Any) -> str:
     from lamina.data.pack import pack
-    from lamina.train.order import rows_of_step
+    from lamina.training.order import rows_of_step
 
     batches = pack([data[row] for row in rows_of_step(0, 8, 8, 0)], TRAINING.micro_batch_tokens)
     return ", ".join(str(row) for batch in batches for row in batch.rows)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from lamina.adapter import LoRA, adapted, attach
 from lamina.model.decoder import Decoder
-from lamina.train.loop import State, Step, Training, memory, rehearse, start, train
-from lamina.train.optimizer import rate_factor, rule_of_thumb
+from lamina.training.loop import State, Step, Training, memory, rehearse, start, train
+from lamina.training.optimizer import rate_factor, rule_of_thumb
 
 FLOAT = 2.0**-24  # half the distance from 1 to the next fp32
 
@@ -69,7 +69,7 @@ def test_a_step_says_what_it_did() -> None:
 
 
 def order(step: int, batch: int, count: int, last: int) -> list[int]:
-    from lamina.train.order import rows_of_step
+    from lamina.training.order import rows_of_step
 
     return rows_of_step(step, count, batch, 3, last)
 

@@ -24,9 +24,9 @@ from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
 from lamina.ops.loss import cross_entropy_sum
 from lamina.section import section
-from lamina.train.finite import refuse_non_finite, refuse_silent
-from lamina.train.optimizer import Schedule, adamw, rate_factor, rule_of_thumb
-from lamina.train.order import rows_of_step, steps_of
+from lamina.training.finite import refuse_non_finite, refuse_silent
+from lamina.training.optimizer import Schedule, adamw, rate_factor, rule_of_thumb
+from lamina.training.order import rows_of_step, steps_of
 
 
 @section
@@ -44,7 +44,7 @@ class Training:
 
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 4096
     """Tokens computed at one time; a step's examples are packed into portions of this size. It changes the memory and the
-    speed, not the result. A longer example is a portion of its own."""
+    speed, not the result (with dropout, which numbers are drawn). A longer example is a portion of its own."""
 
     checkpoint_layers: Annotated[int, Field(ge=0)] = 0
     """Layers, from the first, that keep only their input and are computed again in the backward pass: less memory, up to a

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.train.optimizer import Schedule, adamw, rate_factor, rule_of_thumb
+from lamina.training.optimizer import Schedule, adamw, rate_factor, rule_of_thumb
 
 SCHEDULES: list[Schedule] = ["constant", "linear", "cosine"]
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from lamina.data.pack import pack
 from lamina.data.render import Rendered
 from lamina.errors import DataError
-from lamina.generate import Sampling, evaluating, generate
+from lamina.generation import Sampling, evaluating, generate
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
 from lamina.ops.loss import token_scores

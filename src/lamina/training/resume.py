@@ -22,7 +22,7 @@ from lamina.adapter import adapted
 from lamina.adapter_files import write_tensors
 from lamina.errors import CheckpointError
 from lamina.model.decoder import Decoder
-from lamina.train.loop import State
+from lamina.training.loop import State
 
 VERSION = 1
 """Of the run folder's layout."""
