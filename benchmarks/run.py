@@ -29,13 +29,14 @@ BATCH, RATE, CLIP = 4, 2e-4, 1.0
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One tool with one choice of settings. ``slow`` arms run fewer steps."""
+    """One tool with one choice of settings. ``slow`` arms run fewer steps, ``extra`` ones only in a full run."""
 
     name: str
     program: str
     settings: dict[str, Any] = field(default_factory=dict)
     rows: str = "whole"
     slow: bool = False
+    extra: bool = False
 
     @property
     def label(self) -> str:
@@ -48,6 +49,8 @@ ARMS = (
     Arm("peft", "peft_loop", {"adapter": "bf16"}),
     Arm("trl-best", "trl_sft", BEST),
     Arm("trl-padding-free", "trl_sft", BEST | {"padding_free": True, "max_length": None}),
+    Arm("peft-mixed", "peft_loop", {"adapter": "fp32", "autocast": True}, extra=True),
+    Arm("trl-mixed", "trl_sft", {"gradient_checkpointing": False}, extra=True),
     Arm("trl-default", "trl_sft", slow=True),
     Arm("lamina", "lamina_arm", rows="answers"),
     Arm("peft", "peft_loop", {"adapter": "bf16"}, rows="answers"),
@@ -224,7 +227,8 @@ def compare(options: argparse.Namespace) -> None:
     """Runs gates and rounds, prints the table, appends the rows."""
     extent = SMOKE if options.tiny else QUICK if options.quick else FULL
     names = options.only.split(",") if options.only else [arm.name for arm in ARMS]
-    arms = [arm for arm in ARMS if arm.name in names]
+    short = options.quick and not options.only
+    arms = [arm for arm in ARMS if arm.name in names and not (arm.extra and short)]
     files = workload.prepare(BUILD / "bench", workload.TINY if options.tiny else workload.Shape())
     if files.about.startswith("synthetic"):
         print("guanaco-llama2-1k and the Llama-2 tokenizer are not in ../shared/data: rows are synthetic")

@@ -29,22 +29,24 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def tensors(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Tensor]:
+def tensors(dtype: torch.dtype = torch.float32, std: float = 1 / 8, **changes: Any) -> dict[str, Tensor]:
     """Random weights for ``CONFIG`` with ``changes``."""
     with torch.device("meta"):
         model = Decoder(read_architecture(CONFIG | changes, "config.json"))
     generator = torch.Generator().manual_seed(1)
     return {
-        name: (torch.randn(parameter.shape, generator=generator) / 8 + float("norm" in name)).to(dtype)
+        name: (torch.randn(parameter.shape, generator=generator) * std + float("norm" in name)).to(dtype)
         for name, parameter in model.named_parameters()
     }
 
 
-def write_tiny(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1, **changes: Any) -> Path:
+def write_tiny(
+    folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1, std: float = 1 / 8, **changes: Any
+) -> Path:
     """Writes a model's config and weights, in one file or in ``shards`` with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    write_weights(folder, tensors(dtype, **changes), shards)
+    write_weights(folder, tensors(dtype, std, **changes), shards)
     return folder
 
 

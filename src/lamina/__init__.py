@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from lamina.errors import Error as Error
     from lamina.errors import ModelError as ModelError
     from lamina.errors import TrainingError as TrainingError
+    from lamina.evaluation import Evaluating as Evaluating
     from lamina.evaluation import evaluate as evaluate
     from lamina.generation import Sampling as Sampling
     from lamina.generation import generate as generate
     from lamina.job import Job as Job
+    from lamina.job import Watching as Watching
+    from lamina.jobfile import Head as Head
     from lamina.merging import merge as merge
     from lamina.model.tokenizer import load_tokenizer as load_tokenizer
     from lamina.model.weights import ModelSettings as ModelSettings
@@ -49,9 +52,10 @@ _HOME = {
     "data.pack": ("Batch", "pack"),
     "data.render": ("render",),
     "errors": ("AdapterError", "CheckpointError", "ConfigError", "DataError", "Error", "ModelError", "TrainingError"),
-    "evaluation": ("evaluate",),
+    "evaluation": ("Evaluating", "evaluate"),
     "generation": ("Sampling", "generate"),
-    "job": ("Job",),
+    "job": ("Job", "Watching"),
+    "jobfile": ("Head",),
     "merging": ("merge",),
     "model.tokenizer": ("load_tokenizer",),
     "model.weights": ("ModelSettings", "load_model"),
@@ -68,6 +72,8 @@ __all__ = [
     "DataError",
     "DataSettings",
     "Error",
+    "Evaluating",
+    "Head",
     "Job",
     "LoRA",
     "ModelError",
@@ -78,6 +84,7 @@ __all__ = [
     "Step",
     "Training",
     "TrainingError",
+    "Watching",
     "attach",
     "detach",
     "evaluate",

@@ -2,10 +2,15 @@
 
 * ``python`` blocks run, and share their names along a page; ``<!-- not run: reason -->`` before a block leaves it out.
 * ``bash`` blocks, and the lines with ``$`` of ``console`` blocks, run after ``<!-- run -->``; most take too long, or a GPU.
-* Every ``lamina …`` line, run or not, is a command with flags that exist.
+* The ``$ lamina …`` lines of a ``console`` block after ``<!-- refused -->`` run, end with status 2 and say the line below them.
+* Every ``lamina …`` line, run or not, is a command with flags that exist; every relative link leads to a file, and to a
+  heading where it names one.
 """
 
+import contextlib
 import importlib
+import io
+import itertools
 import os
 import re
 import shlex
@@ -14,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import pytest
 from markdown_it import MarkdownIt
@@ -23,7 +29,7 @@ from lamina.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARK = re.compile(r"<!-- (run|not run: \S.*) -->")
+MARK = re.compile(r"<!-- (run|refused|not run: \S.*) -->")
 
 
 class Block(NamedTuple):
@@ -56,6 +62,15 @@ def script(block: Block) -> str:
     return "\n".join(line[2:] for line in block.text.splitlines() if line.startswith("$ "))
 
 
+def refuse(block: Block, where: str) -> None:
+    """Runs the commands of a block, each of which must be refused with the line that the block shows."""
+    for command, expected in itertools.pairwise(block.text.splitlines()):
+        if command.startswith("$ lamina "):
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+                status = cli.main(shlex.split(command)[2:])
+            assert (status, said.getvalue().strip()) == (2, expected), f"{where}: {command}"
+
+
 def run_page(page: Path) -> None:
     """Runs a page's blocks in the current folder."""
     names: dict[str, Any] = {"__name__": "page"}
@@ -63,6 +78,8 @@ def run_page(page: Path) -> None:
         if block.language == "python" and not block.mark.startswith("not run"):
             source = "\n" * (block.line + 1) + block.text  # so that a traceback names the page's lines
             exec(compile(source, str(page), "exec"), names)
+        elif block.mark == "refused":
+            refuse(block, f"{page.name}:{block.line + 1}")
         elif block.language in ("bash", "sh", "console") and block.mark == "run":
             path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
             done = subprocess.run(
@@ -78,7 +95,7 @@ def run_page(page: Path) -> None:
 def commands(text: str) -> Iterator[tuple[int, list[str]]]:
     """The line (from 1) and the words of each ``lamina …`` command in a page's blocks, up to a pipe or redirection."""
     for block in blocks(text):
-        if block.language in ("bash", "sh", "console"):
+        if block.language in ("bash", "sh", "console") and block.mark != "refused":
             for number, line in enumerate(block.text.replace("\\\n", "  ").splitlines(), block.line + 2):
                 for found in re.finditer(r"(?:^|[|;&] )(?:\$ )?(?:\S*/)?lamina (?=[a-z])([^|>;&]*)", line):
                     yield number, shlex.split(found[1], comments=True)
@@ -100,6 +117,42 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
             parser.parse(arguments)
         except ConfigError as error:
             pytest.fail(f"{page.name}:{line}: {error}")
+
+
+def anchors(text: str) -> set[str]:
+    """The headings of a page as links name them: in lower case, without punctuation, hyphens for spaces."""
+    tokens = MarkdownIt().parse(text)
+    headings = [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def lost(page: Path) -> list[str]:
+    """The relative links of a page that lead nowhere."""
+    inline = [child for token in MarkdownIt().parse(page.read_text(encoding="utf-8")) for child in token.children or ()]
+    links = [unquote(str(token.attrs["href"])) for token in inline if token.type == "link_open"]
+    bad = []
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            bad.append(link)
+    return bad
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    assert lost(page) == []
+
+
+def test_what_is_lost(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Why α/R: a `title`\n[a](#why-αr-a-title) [b](#why) [c](page.md#why-αr-a-title) [d](none.md) [e](https://none.x/#y)\n",
+        encoding="utf-8",
+    )
+    assert lost(page) == ["#why", "none.md"]
 
 
 PAGE = """\
@@ -144,6 +197,14 @@ def test_what_runs_and_what_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ZeroDivisionError) as error:
         run_page(page)
     assert error.traceback[-1].lineno + 1 == 29
+
+    said = "lamina: found command 'trian', which is unknown; did you mean {}?; see `lamina --help`"
+    refusal = f"<!-- refused -->\n```console\n$ lamina trian\n{said}\n```\n"
+    page.write_text(refusal.format("train"), encoding="utf-8")
+    run_page(page)
+    page.write_text(refusal.format("chat"), encoding="utf-8")
+    with pytest.raises(AssertionError, match=r"page\.md:2: \$ lamina trian"):
+        run_page(page)
 
     page.write_text("<!-- run -->\n```bash\nfalse\n```\n", encoding="utf-8")
     with pytest.raises(AssertionError, match=r"page\.md:2"):

@@ -112,13 +112,17 @@ def _json_lines(path: Path, lines: Iterator[tuple[int, str]], problems: Problems
             continue
         place = f"{path}:{number}"
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
-            problems.add(place, f"broken JSON ({error.msg} at column {error.colno})")
+            problems.add(place, _broken(error))
         except (ValueError, RecursionError) as error:
             problems.add(place, f"JSON that cannot be read ({error})")
         else:
             yield Row(number, place, value)
+
+
+def _broken(error: json.JSONDecodeError) -> str:
+    return f"broken JSON ({error.msg.removesuffix(' at')} at column {error.colno})"  # some of Python's messages end so
 
 
 def _json_text(path: Path, text: str) -> Iterator[Row]:
@@ -136,7 +140,7 @@ def _json_text(path: Path, text: str) -> Iterator[Row]:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
         except json.JSONDecodeError as error:
             where = f"{path}:{error.lineno}"
-            raise DataError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from None
+            raise DataError(f"{where}: {_broken(error)}") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: JSON that cannot be read ({error})") from None
         count, position = count + 1, _space(text, end + 1) if text[end : end + 1] == "," else end

@@ -7,6 +7,8 @@ from lamina.errors import ModelError
 
 # What a model needs: never .bin, .pth, .gguf, or the second copy of the weights that some repositories hold.
 PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "LICENSE*"]
+SHOWN = 8
+"""Folders that an error names."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -26,9 +28,17 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise ModelError(f"{name}: a local folder has no revision {revision!r}; leave --revision out")
         return folder
+    if folder.parent != Path() and folder.parent.is_dir():  # runs/demo-2 is a slip, and not an id
+        raise ModelError(f"{name}: no such folder; {_folders(folder.parent)}")
     if not _HUB_ID.fullmatch(str(name)):
         raise ModelError(f"{name}: no such folder, and not an id on the hub (owner/name); check --model")
     return _download(str(name), revision)
+
+
+def _folders(parent: Path) -> str:
+    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{parent} holds {', '.join(names[:SHOWN])}{more}" if names else f"{parent} holds no folder"
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -120,6 +120,7 @@ def test_folder_of_texts(tmp_path: Path) -> None:
         ("a.txt", "\n \n", r"a.txt: the file is empty"),
         ("a.doc", "x", r"a.doc: the suffix '.doc' is not known, expected one of .jsonl"),
         ("a.jsonl", LINES + '{"text": \n', r"a.jsonl:4: broken JSON \(Expecting value at column \d+\)$"),
+        ("a.jsonl", '{"text": "a\n' + LINES, r"a.jsonl:1: broken JSON \(Unterminated string starting at column 10\)"),
         ("a.jsonl", "{broken\n" + LINES, r"a.jsonl:1: broken JSON \(Expecting property name"),
         ("a.jsonl", LINES + "[" * 100_000 + "\n", r"a.jsonl:4: JSON that cannot be read"),
         ("a.json", '[{"text": "a"},\n{"text" "b"}]', r"a.json:2: broken JSON \(Expecting ':' delimiter at column 9\)"),

@@ -63,6 +63,20 @@ def test_neither_folder_nor_id(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         locate(name)
 
 
+def test_slip_in_a_folders_name(model: Path) -> None:
+    folder = model.parent / "runs"
+    folder.mkdir()
+    with pytest.raises(ModelError, match=r"runs/demo-9: no such folder; .*runs holds no folder$"):
+        locate(folder / "demo-9")
+    for number in range(1, 9):
+        (folder / f"demo-{number}").mkdir()
+    with pytest.raises(ModelError, match=r"runs holds demo-1, demo-2, .*, demo-8$"):
+        locate(folder / "demo-9")
+    (folder / "own-1").mkdir()
+    with pytest.raises(ModelError, match=r", demo-8 and 1 more$"):
+        locate(folder / "demo-9")
+
+
 def test_download_takes_only_what_is_needed(hub: Hub, model: Path, tmp_path: Path) -> None:
     for extra in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf", "LICENSE.txt", "tokenizer.model"):
         (model / extra).write_text("x")
