@@ -85,6 +85,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             _in_order(file)
             file.flush()
             os.fsync(file.fileno())
+        partial.chmod(
+            path.parent.stat().st_mode & 0o666
+        )  # safetensors writes for the owner alone; who may read the run may read this
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
         partial.unlink(missing_ok=True)

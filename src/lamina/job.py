@@ -11,6 +11,7 @@ from pydantic import Field
 from lamina import jobfile, jobs
 from lamina.adapter import LoRA
 from lamina.data.examples import DataSettings
+from lamina.data.prepare import Prepared, prepare
 from lamina.errors import CheckpointError
 from lamina.evaluation import Evaluating
 from lamina.generation import Sampling
@@ -91,6 +92,13 @@ def base_folder(model: ModelSettings) -> Path:
 def shipped_path(name: str) -> Path:
     """The place of a file that the job names: shipped with Lamina, or the user's."""
     return jobs.path(name) if name.startswith(jobs.PREFIX) else Path(name)
+
+
+def prepare_data(job: Job, tokenizer: Any) -> Prepared:
+    """Reads a job's data: the same rows are held out whenever it is called."""
+    prepared = prepare(shipped(job.data), tokenizer, job.head.seed)
+    report = replace(prepared.report, source=job.data.data, held_out_source=job.data.eval_data or "")
+    return replace(prepared, report=report)  # named as the job names them, not by where a shipped file lies
 
 
 def shipped(data: DataSettings) -> DataSettings:

@@ -74,7 +74,7 @@ class MergeRecord:
         weakest = min(self.matrices, key=lambda matrix: matrix.survived)
         said = [
             f"merged {self.adapter} into {len(self.matrices)} matrices: {self.folder}",
-            f"largest update: {largest.relative:.3%} of the norm of {largest.name}",
+            f"largest update: {100 * largest.relative:.3g} % of the norm of {largest.name}",
             f"share of the update that survived rounding: {self.survived:.1%} on average, {weakest.survived:.1%} in {weakest.name}",
         ]
         if self.difference is not None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamina.adapter_files import load_adapter
-from lamina.data.prepare import Prepared, prepare
+from lamina.data.prepare import Prepared
 from lamina.data.render import end_tokens
 from lamina.errors import CheckpointError
 from lamina.evaluation import read_neutral
-from lamina.job import Job, base_folder, read_job, shipped, shipped_path
+from lamina.job import Job, base_folder, prepare_data, read_job, shipped_path
 from lamina.model.checkpoint import stored_tensors
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer, stop_tokens
@@ -79,7 +79,7 @@ def adapter_folder(run: Path, best: bool) -> Path:
 def held_out_of(opened: Opened) -> Prepared:
     """The data of an opened run: the same rows are held out as in training."""
     assert opened.job is not None, "a plain model has no data"
-    return prepare(shipped(opened.job.data), opened.tokenizer, opened.job.head.seed)
+    return prepare_data(opened.job, opened.tokenizer)
 
 
 def card_of(opened: Opened) -> Card:

@@ -14,10 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 from lamina import jobfile
 from lamina.adapter import adapted, attach
 from lamina.adapter_files import fingerprint, save_adapter
-from lamina.data.prepare import Prepared, prepare
+from lamina.data.prepare import Prepared
 from lamina.errors import Error
 from lamina.evaluation import evaluate
-from lamina.job import SECTIONS, Job, base_folder, new_folder, read_job, shipped
+from lamina.job import SECTIONS, Job, base_folder, new_folder, prepare_data, read_job
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import load_model
@@ -99,7 +99,7 @@ def resume(folder: Path, changes: Mapping[str, Any] | None = None, show: Show | 
 def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
     base = base_folder(job.model)
     tokenizer = load_tokenizer(base)
-    data = prepare(shipped(job.data), tokenizer, job.head.seed)
+    data = prepare_data(job, tokenizer)
     for line in data_lines(data, tokenizer):
         show.line(line)
     model = load_model(base, job.model.dtype, job.model.device)

@@ -114,7 +114,8 @@ def _read(settings: DataSettings, source: str, split: str, chat: ChatFormat, pro
                     nothing.append(rendered.row)
             count["rows"] += len(block)
             count["blank_answers"] += sum(item.blank for item in marked)
-            count["bos_held"] += sum(item.bos_held > 0 for item in marked)
+            chats = {item.row for item in block if item.messages}  # in these the template writes it
+            count["bos_held"] += sum(item.bos_held > (item.row in chats) for item in marked)
             count["specials_inside"] += sum(_holds_specials(item, chat) for item in block)
             forms.update(item.form for item in block)
             ignored.update(name for item in block for name in item.ignored)

@@ -125,6 +125,7 @@ def before_after(
             table.add_row(*map(_cell, row))
         console.print(table)
     if answers:
+        console.print()
         wanted = any(expected for _, expected, _, _ in answers)
         examples = _table("prompt", "base", "adapter", *(["expected"] if wanted else []))
         for prompt, expected, base, adapter in answers:

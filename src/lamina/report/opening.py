@@ -42,7 +42,8 @@ def training_lines(model: Decoder, name: str, training: Training, steps: int, ev
         f"adapter: {trained:,} parameters in {len(modules)} matrices; saved are A and B only, {4 * trained / 1e6:,.1f} MB"
     )
     rule = "" if training.learning_rate else f", the rule of thumb for LoRA at width {model.architecture.width}"
+    often = "after every step" if every == 1 else f"every {every} steps"
     yield (
         f"training: {steps:,} steps of {training.batch_size} examples; learning rate {training.rate(model):.2e} "
-        f"({training.schedule}{rule}); evaluated before the first step, every {every} steps and at the end"
+        f"({training.schedule}{rule}); evaluated before the first step, {often} and at the end"
     )

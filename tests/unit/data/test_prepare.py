@@ -177,7 +177,7 @@ def test_report_in_sentences(tmp_path: Path) -> None:
     assert found.report.lines() == [
         f"data: {tmp_path / 'a.jsonl'}, format llama2-text (already rendered; 2 rows), question/answer (1 row)",
         "chat template: llama2",
-        "beginning of text: kept once (3 rows held it already)",
+        "beginning of text: kept once (2 rows held it already)",
         f"tokens: {found.report.tokens}, of which {found.report.targets} are learnt (answers and their end tokens); "
         f"a row has {found.report.lengths[0]} (median), {found.report.lengths[1]} (95th percentile), "
         f"{found.report.lengths[2]} (longest)",
