@@ -25,6 +25,8 @@ HERE = Path(__file__).parent
 BUILD = machine.ROOT / "build"
 RESULTS = HERE / "results" / "cpu.csv"
 BATCH, RATE, CLIP = 4, 2e-4, 1.0
+NOISE = 0.1
+"""Share of the processors that others may take while an arm is measured; the median over its rounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +141,9 @@ class Bench:
                 report["counted"] = report["steps"][warmup:]
                 report["round"] = round_
                 self.reports.setdefault(arm, []).append(report)
-                rate = speed(report)
+                numbers = f"{speed(report):7.1f} tok/s  {report['peak'] / 2**30:5.2f} GiB"
                 print(
-                    f"round {round_ + 1}  {arm.label:24} {rate:7.1f} tok/s  {report['peak'] / 2**30:5.2f} GiB",
+                    f"round {round_ + 1}  {arm.label:24} {numbers}  others {noise(report):4.0%} of the cores",
                     flush=True,
                 )
 
@@ -151,20 +153,22 @@ def speed(report: dict[str, Any], what: str = "tokens") -> float:
     return sum(s[what] for s in report["counted"]) / sum(s["seconds"] for s in report["counted"])
 
 
+def noise(report: dict[str, Any]) -> float:
+    """The share of the processors that others took during the counted steps."""
+    counted = report["counted"]
+    return sum(s["others"] for s in counted) / sum(s["seconds"] for s in counted) / machine.cores()
+
+
 def rows_of(bench: Bench, found: dict[Arm, list[str]], extent: Extent) -> list[dict[str, Any]]:
     """A row for each arm: medians over the rounds; the ratio is Lamina's speed by the arm's, paired by round."""
     fixed = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "commit": machine.commit()}
     rows = []
     for arm, reports in bench.reports.items():
-        lamina = {
-            r["round"]: speed(r)
-            for a, rs in bench.reports.items()
-            for r in rs
-            if a.name == "lamina" and a.rows == arm.rows
-        }
+        own = next((rs for a, rs in bench.reports.items() if a.name == "lamina" and a.rows == arm.rows), [])
+        lamina = {report["round"]: speed(report) for report in own}
         ratios = [lamina[r["round"]] / speed(r) for r in reports if r["round"] in lamina]
         rates = [speed(report) for report in reports]
-        silent = [f"alive: {len(r['silent'])} matrices without a gradient in bf16" for r in reports if r["silent"]]
+        loud = max(statistics.median(map(noise, group)) for group in (reports, own) if group)
         rows.append(
             fixed
             | {
@@ -186,10 +190,21 @@ def rows_of(bench: Bench, found: dict[Arm, list[str]], extent: Extent) -> list[d
                 ),
                 "machine": machine.machine(),
                 "threads": reports[0]["threads"],
-                "faults": "; ".join(found.get(arm, []) + silent[:1]),
+                "others": round(loud, 3),
+                "faults": "; ".join([*found.get(arm, []), *silent(reports), *loudness(loud)]),
             }
         )
     return rows
+
+
+def silent(reports: list[dict[str, Any]]) -> list[str]:
+    """What the measured runs add to the gate "alive"."""
+    return [f"alive: {len(r['silent'])} matrices without a gradient in bf16" for r in reports if r["silent"]][:1]
+
+
+def loudness(share: float) -> list[str]:
+    """The gate "quiet", of an arm and of Lamina beside it."""
+    return [f"quiet: others took {share:.0%} of the processors, more than {NOISE:.0%}"] if share > NOISE else []
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ saw to the path that the job names. It depends on torch alone, so that it runs i
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -83,15 +84,16 @@ class Record:
             self._gradients[name] = parameter.grad.detach().float().clone()
 
     def begin(self) -> None:
-        self._began = time.perf_counter()
+        self._others, self._began = others(), time.perf_counter()
 
     def end(self, loss: float, tokens: int, supervised: int) -> None:
-        seconds = time.perf_counter() - self._began
-        self.steps.append({"seconds": seconds, "loss": loss, "tokens": tokens, "supervised": supervised})
+        seconds, used = time.perf_counter() - self._began, others() - self._others
+        step = {"seconds": seconds, "loss": loss, "tokens": tokens, "supervised": supervised, "others": used}
+        self.steps.append(step)
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._began = time.perf_counter()
+        self.begin()
 
     def write(self, **more: Any) -> None:
         """Writes the report. ``divisor`` turns summed gradients into the mean's."""
@@ -102,6 +104,14 @@ class Record:
             save_file({name: g.div_(self.divisor) for name, g in self._gradients.items()}, self.job.gradients)
         report = {"steps": self.steps, "silent": sorted(self._silent), "peak": peak, "threads": torch.get_num_threads()}
         Path(self.job.result).write_text(json.dumps(report | more), encoding="utf-8")
+
+
+def others() -> float:
+    """Processor seconds, of all cores, that this process did not get: used by others or taken by the host. Linux only."""
+    if sys.platform != "linux":
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -107,10 +107,8 @@ def attach(model: Decoder, lora: LoRA, seed: int = 0) -> dict[str, AdaptedLinear
     """
     if adapted(model):
         raise AdapterError("this model already carries an adapter; detach it before laying on another")
-    linears = {
-        path: module for path, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)
-    }
-    chosen = _choose(linears, lora, model.architecture.layers)
+    linears = linears_of(model)
+    chosen = choose(model, lora)
     modules = {}
     for path in chosen:
         modules[path] = AdaptedLinear(linears[path], lora.rank_of(path), lora.scale_of(path), lora.dropout)
@@ -148,7 +146,19 @@ def adapter_scale(model: nn.Module, strength: float) -> Iterator[None]:
             module.strength = strength_before
 
 
-def _choose(linears: dict[str, nn.Linear], lora: LoRA, layers: int) -> list[str]:
+def linears_of(model: Decoder) -> dict[str, nn.Linear]:
+    """The linears of the layers by their path; the head is none of them."""
+    named = model.model.named_modules(prefix="model")
+    return {path: module for path, module in named if isinstance(module, nn.Linear)}
+
+
+def choose(model: Decoder, lora: LoRA) -> list[str]:
+    """The paths of the linears that an adapter is laid on, in the model's order.
+
+    Raises:
+        ConfigError: a target or layer matches nothing, a pattern is no regular expression, or a rank exceeds a matrix.
+    """
+    linears, layers = linears_of(model), model.architecture.layers
     problems = [
         f"{setting}: {pattern!r} is no regular expression ({error})"
         for setting in ("targets", "rank_pattern", "alpha_pattern")

@@ -4,10 +4,10 @@ The weights' file also carries, in its header, a fingerprint of the base they we
 ignores keys that fit nowhere, and an adapter then loads and does nothing; here every misfit is told, all in one message.
 """
 
-import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lamina.adapter import ALL_LINEAR, AdaptedLinear, LoRA, adapted, attach, detach, layers_of, matches
 from lamina.errors import AdapterError, CheckpointError, ConfigError
 from lamina.model.decoder import Decoder
+from lamina.model.fingerprint import fingerprint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -116,15 +117,35 @@ def load_adapter(model: Decoder, folder: str | Path) -> LoRA:
 
     Raises:
         AdapterError: no adapter there, a damaged file, a feature that is not computed, tensors that are missing,
-            unexpected or of the wrong shape (all of them), a non-finite number, or another base than it was trained on.
+            unexpected or of the wrong shape (all of them), a non-finite number, another base than it was trained on, or
+            an adapter that changes nothing.
     """
-    folder = Path(folder)
+    return _lay(model, Path(folder), lambda: fingerprint(model))[0]
+
+
+def outline_adapter(model: Decoder, folder: Path, base: str) -> dict[str, Tensor]:
+    """Lays an adapter over the outline of a model, which has shapes and no weights.
+
+    Args:
+        base: the fingerprint of the weights that belong to the outline.
+
+    Returns:
+        A and B by their names in the model.
+
+    Raises:
+        AdapterError: as ``load_adapter``.
+    """
+    tensors = _lay(model, folder, lambda: base)[1]
+    return {f"{path}.{factor.lower()}": tensors[_key(path, factor)] for path in adapted(model) for factor in "AB"}
+
+
+def _lay(model: Decoder, folder: Path, own: Callable[[], str]) -> tuple[LoRA, dict[str, Tensor]]:
     lora = _for(model, read_config(folder))
     tensors, base = read_weights(folder)
-    if base is not None and base != fingerprint(model):
+    if base is not None and base != (found := own()):
         raise AdapterError(
             f"{folder}: this adapter was trained on another base (fingerprint {base[:12]}) than the model at hand "
-            f"({fingerprint(model)[:12]}); load the base it was trained on"
+            f"({found[:12]}); load the base it was trained on"
         )
     try:
         modules = attach(model, lora)
@@ -135,7 +156,7 @@ def load_adapter(model: Decoder, folder: str | Path) -> LoRA:
     except AdapterError:
         detach(model)
         raise
-    return lora
+    return lora, tensors
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -224,20 +245,6 @@ def _for(model: Decoder, lora: LoRA) -> LoRA:
     )
 
 
-@torch.no_grad()
-def fingerprint(model: Decoder) -> str:
-    """A hash that tells one base from another: its norms and some rows of its embedding, in bf16, and its shape.
-
-    It is the same for every dtype the base is loaded in, and takes milliseconds.
-    """
-    a, trunk = model.architecture, model.model
-    digest = hashlib.sha256(f"{a.family} {a.layers} {a.heads} {a.kv_heads} {a.mlp_width}".encode())
-    norms = (layer.get_parameter("input_layernorm.weight") for layer in trunk.layers)
-    for tensor in (trunk.embed_tokens.weight[:64], trunk.norm.weight, *norms):
-        digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _key(path: str, factor: str) -> str:
     return f"base_model.model.{path}.lora_{factor}.weight"
 
@@ -261,6 +268,11 @@ def _fill(modules: dict[str, AdaptedLinear], tensors: dict[str, Tensor], folder:
         raise AdapterError(
             f"{folder}: this adapter does not fit the model ({len(problems)} misfits): {'; '.join(problems)}"
         )
+    if not any(tensors[_key(path, "B")].any() for path in modules):
+        raise AdapterError(
+            f"{folder}: this adapter changes nothing: every B is zero, as before the first step; train it, or use the "
+            "base without it"
+        )
 
 
 def _where(paths: list[str], lora: LoRA, layers: int) -> dict[str, Any]:
@@ -272,4 +284,13 @@ def _where(paths: list[str], lora: LoRA, layers: int) -> dict[str, Any]:
     return {"target_modules": paths, "layers_to_transform": None}
 
 
-__all__ = ["CONFIG", "WEIGHTS", "fingerprint", "load_adapter", "read_config", "read_weights", "save_adapter"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "fingerprint",
+    "load_adapter",
+    "outline_adapter",
+    "read_config",
+    "read_weights",
+    "save_adapter",
+]

@@ -38,3 +38,8 @@ class CheckpointError(Error):
 
 class TrainingError(Error):
     """Training met a number or a gradient with which it must not go on."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message; its class, where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,23 +1,27 @@
 """A job: everything that decides a run, as sections of settings, and how it lies in a file."""
 
+import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from lamina import jobfile, jobs
-from lamina.adapter import LoRA
+from lamina.adapter import LoRA, choose
 from lamina.data.examples import DataSettings
 from lamina.data.prepare import Prepared, prepare
-from lamina.errors import CheckpointError
+from lamina.errors import CheckpointError, ConfigError
 from lamina.evaluation import Evaluating
 from lamina.generation import Sampling
 from lamina.jobfile import Head
+from lamina.model.architecture import read_config
+from lamina.model.decoder import Decoder
 from lamina.model.locate import locate
-from lamina.model.weights import ModelSettings
+from lamina.model.weights import ModelSettings, pick_device
 from lamina.section import section
 from lamina.training.loop import Training
 
@@ -94,11 +98,42 @@ def shipped_path(name: str) -> Path:
     return jobs.path(name) if name.startswith(jobs.PREFIX) else Path(name)
 
 
-def prepare_data(job: Job, tokenizer: Any) -> Prepared:
+def check(job: Job, base: Path) -> None:
+    """Refuses, before anything large is read, what the model's config alone shows to be impossible.
+
+    Raises:
+        ConfigError: no such device; a target, layer or rank that does not fit; more checkpointed layers than there are.
+    """
+    pick_device(job.model.device)
+    architecture = read_config(base)
+    with torch.device("meta"):
+        choose(Decoder(architecture), job.adapter)
+    if job.train.checkpoint_layers > architecture.layers:
+        raise ConfigError(
+            f"train.checkpoint_layers: found {job.train.checkpoint_layers}, expected at most {architecture.layers}, "
+            f"the layers of the model"
+        )
+
+
+def prepare_data(job: Job, base: Path, tokenizer: Any) -> Prepared:
     """Reads a job's data: the same rows are held out whenever it is called."""
-    prepared = prepare(shipped(job.data), tokenizer, job.head.seed)
+    a = read_config(base)
+    prepared = prepare(
+        shipped(job.data), tokenizer, job.head.seed, vocabulary=a.vocabulary, max_position=a.max_position
+    )
     report = replace(prepared.report, source=job.data.data, held_out_source=job.data.eval_data or "")
     return replace(prepared, report=report)  # named as the job names them, not by where a shipped file lies
+
+
+def settings_fingerprint(job: Job, without: Collection[str]) -> str:
+    """A hash of all settings that decide a run's result: not where it lies, nor those named in ``without``."""
+    deciding = {
+        f"{name}.{f.name}": getattr(section, f.name)
+        for name, section in job.sections().items()
+        for f in fields(section)
+        if f.name not in {"out", "name", *without}
+    }
+    return hashlib.sha256(repr(sorted(deciding.items())).encode()).hexdigest()
 
 
 def shipped(data: DataSettings) -> DataSettings:

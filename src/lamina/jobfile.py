@@ -37,10 +37,10 @@ class Head:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """The job's name; a run without out goes to runs/<name>-<n>."""
 
-    out: str | None = None
+    out: Annotated[str, Field(min_length=1)] | None = None
     """The folder of the run, new or empty; none takes the next free runs/<name>-<n>."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Everything random is a function of it: the split, the order of the data, the adapter's A, dropout, sampling."""
 
 

@@ -15,6 +15,7 @@ from lamina.model.checkpoint import stored_tensors
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer, stop_tokens
 from lamina.model.weights import ModelSettings, load_model
+from lamina.training.resume import check_origin, has_state, read_header
 from lamina.understand.card import Card, both
 
 
@@ -77,9 +78,17 @@ def adapter_folder(run: Path, best: bool) -> Path:
 
 
 def held_out_of(opened: Opened) -> Prepared:
-    """The data of an opened run: the same rows are held out as in training."""
+    """The data of an opened run: the same rows are held out as in training.
+
+    Raises:
+        CheckpointError: they are not the same, because the data has changed; the run may have been trained on them.
+    """
     assert opened.job is not None, "a plain model has no data"
-    return prepare_data(opened.job, opened.tokenizer)
+    data = prepare_data(opened.job, opened.base, opened.tokenizer)
+    if opened.folder is not None and has_state(opened.folder):
+        origin = {"held-out rows": data.held_out.fingerprint}
+        check_origin(opened.folder, read_header(opened.folder), origin)
+    return data
 
 
 def card_of(opened: Opened) -> Card:

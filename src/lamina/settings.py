@@ -243,8 +243,10 @@ def read_flags(given: argparse.Namespace, sections: Sections) -> Layer:
             continue
         try:
             values[setting.section][setting.name] = _parse(setting, text)
-        except ValidationError:
-            problems.append(f"{setting.flag}: found {text!r}, expected {expected(setting.field)}")
+        except ValidationError as error:
+            patterns = [problem["ctx"]["pattern"] for problem in error.errors() if "pattern" in problem.get("ctx", {})]
+            wanted = f"text that matches {patterns[0]}" if patterns else expected(setting.field)
+            problems.append(f"{setting.flag}: found {text!r}, expected {wanted}")
     if problems:
         raise ConfigError("; ".join(problems))
     return Layer(values, lambda setting: setting.flag)

@@ -153,7 +153,7 @@ def test_a_resumed_run_is_the_same_run_or_none(
     more.write_text((place / "train.jsonl").read_text() + '\n{"prompt": "new", "completion": "row"}\n')
     (run / "job.toml").write_text(job.replace("train.jsonl", "more.jsonl"))
     assert cli.main(["train", "--resume", str(run)]) == 2
-    assert "the training rows are not those this run was trained on" in capsys.readouterr().err
+    assert "are not those this run was trained with" in capsys.readouterr().err
 
     (run / "job.toml").write_text(job)
     state = run / "state" / "state.safetensors"

@@ -54,7 +54,7 @@ def read_prompts(path: Path) -> list[Conversation]:
         DataError: the file cannot be read, or holds no prompts; all broken lines.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028, \f, …
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}), expected a file of prompts") from None
     except UnicodeDecodeError:

@@ -2,9 +2,11 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lamina import settings
+from lamina.errors import ConfigError
 from lamina.generation import Sampling
 from lamina.model.weights import ModelSettings
 from lamina.opened import Opened, open_run
@@ -15,9 +17,16 @@ _SAMPLING = {"generate": Sampling}
 
 def add_opening(parser: argparse.ArgumentParser, what: str) -> None:
     """RUN, and how to load it."""
-    parser.add_argument("run", metavar="RUN", help=what)
+    parser.add_argument("run", metavar="RUN", type=named, help=what)
     parser.add_argument("--best", action="store_true", help="the run's best adapter instead of its last")
     settings.add_flags(parser, _MODEL, without={"model"})
+
+
+def named(text: str) -> str:
+    """An argument that names a folder: nothing would be the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("found nothing, expected the name of a folder")
+    return text
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +43,13 @@ def model_changes(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_given(given: argparse.Namespace) -> Opened:
-    """Opens what the arguments name."""
+    """Opens what the arguments name.
+
+    Raises:
+        ConfigError: the best adapter of what is no run.
+    """
+    if given.best and not (Path(given.run) / "job.toml").is_file():
+        raise ConfigError(f"--best: {given.run} is not the folder of a run, so it has no best adapter; leave --best out")
     return open_run(given.run, best=given.best, changes=model_changes(given))
 
 

@@ -8,8 +8,9 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from lamina import jobfile, settings
-from lamina.errors import ConfigError
+from lamina import jobfile, jobs, settings
+from lamina.commands.opening import named
+from lamina.errors import ConfigError, DataError
 from lamina.job import SECTIONS, Job
 from lamina.report.console import Progress, before_after, safe_json
 from lamina.run import CHANGEABLE, Result, fine_tune, resume
@@ -17,7 +18,7 @@ from lamina.run import CHANGEABLE, Result, fine_tune, resume
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", nargs="?", metavar="JOB", help="a built-in job (see `lamina jobs`) or a job.toml")
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run where its last saved state stands")
+    parser.add_argument("--resume", metavar="RUN", type=named, help="go on with this run where its last saved state stands")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object; the rest to stderr")
     settings.add_flags(parser, {"": jobfile.Head, **SECTIONS})
 
@@ -37,7 +38,14 @@ def _job(given: argparse.Namespace) -> Job:
             "found no job, expected a built-in one (`lamina train demo`), a job.toml (`lamina init` prints one), "
             "or both --model and --data"
         )
-    return Job.of(jobfile.load(given.job, SECTIONS, given))
+    if {"train.steps", "train.epochs"} <= vars(given).keys() and vars(given)["train.steps"] != "none":
+        raise ConfigError("found both --steps and --epochs, expected one: steps decide alone where both are set")
+    job = Job.of(jobfile.load(given.job, SECTIONS, given))
+    if given.job in jobs.names() and "data.data" not in vars(given):
+        data = Path(job.data.data)  # a job's file that the user has to write; those it ships are named otherwise
+        if data.suffix == ".jsonl" and not job.data.data.startswith(jobs.PREFIX) and not data.exists():
+            raise DataError(f"{data}: no such file; `lamina jobs {given.job}` prints the script that writes it")
+    return job
 
 
 def _changes(given: argparse.Namespace) -> dict[str, object]:

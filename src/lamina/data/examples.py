@@ -3,15 +3,16 @@
 import difflib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lamina.data.files import READERS, Row, first_line, read_rows
+from lamina.data.files import READERS, Row, read_rows
 from lamina.data.forms import KNOWN, Example, Message, example
 from lamina.data.problems import Problems
-from lamina.errors import DataError
+from lamina.errors import DataError, first_line
 from lamina.section import section
 
 __all__ = ["DataSettings", "Example", "Message", "read_examples"]
@@ -26,14 +27,14 @@ _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "st
 class DataSettings:
     """What is learnt from: the examples, how they are written as tokens, and which tokens count."""
 
-    data: str = ""
+    data: Annotated[str, Field(min_length=1)]
     """Examples to learn from: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder of them, or a hub dataset
     (owner/name, or owner/name:configuration). A .txt file holds one example per paragraph."""
     data_revision: str | None = None
     """Commit, tag or branch of a hub dataset; unset: the newest."""
     split: str = "train"
     """Part of a hub dataset or of a folder (by file names) that is trained on."""
-    eval_data: str | None = None
+    eval_data: Annotated[str, Field(min_length=1)] | None = None
     """Held-out examples, written as `data` is; unset: a share of the data is held out."""
     eval_split: str = "test"
     """Part of a hub dataset or of a folder that `eval_data` names."""
@@ -45,8 +46,8 @@ class DataSettings:
     """System prompt for conversations that bring none."""
     train_on: Literal["answers", "everything"] = "answers"
     """Tokens that count in the loss: answers with their end token, or everything. Plain text counts in full."""
-    max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest example, in tokens."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Longest example, in tokens; unset: 2048, or the model's context if that is shorter."""
     long: Literal["drop", "truncate", "split"] = "truncate"
     """What becomes of longer examples: left out, cut at the end, or cut into pieces without common context."""
     read_ahead: Annotated[int, Field(ge=1)] = 1024
@@ -106,7 +107,7 @@ def _missing(data: str) -> str:
     if not path.parent.is_dir():
         return f"{data}: no such file; its folder {path.parent} is not there either"
     names = [entry.name for entry in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)  # suffixes alone are alike
     advice = (
         f"did you mean {path.parent / near[0]}?" if near else "expected a file, a folder or a hub dataset (owner/name)"
     )
@@ -143,10 +144,13 @@ def _part(path: Path) -> str:
 def _hub_rows(name: str, config: str | None, split: str, revision: str | None) -> Iterator[Row]:
     """The rows of a hub dataset, streamed."""
     import datasets  # type: ignore[import-untyped]
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library it uses
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
     found = 0
     try:
+        with suppress(HfHubHTTPError):  # what the hub answers is told below; where none answers, datasets tries for 30 s
+            HfApi().dataset_info(name, revision=revision)
         rows: Any = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
         for found, value in enumerate(rows, 1):
             yield Row(found, f"{name} ({split}): row {found}", value)

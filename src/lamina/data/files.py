@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lamina.data.forms import COLUMNS
 from lamina.data.problems import Problems
-from lamina.errors import DataError
+from lamina.errors import DataError, first_line
 
 BATCH = 1024
 """Rows that are read from Parquet at once."""
@@ -49,11 +49,6 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     problems.check()
     if empty:
         raise DataError(f"{path}: the file is empty, expected at least one row")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of another library's message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

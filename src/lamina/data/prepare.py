@@ -20,13 +20,15 @@ from lamina.data.examples import DataSettings, read_examples
 from lamina.data.fit import fit
 from lamina.data.forms import Example
 from lamina.data.problems import Problems
-from lamina.data.render import Marked, mark, tokens_of
+from lamina.data.render import Marked, Rendered, mark, tokens_of
 from lamina.data.report import DataReport
 from lamina.data.store import TokenStore, TokenWriter
 from lamina.data.templates import ChatFormat, chat_format
-from lamina.errors import DataError
+from lamina.errors import ConfigError, DataError, ModelError
 
 Progress = Callable[[int], None]
+LONGEST = 2048
+"""Tokens of the longest example, where neither the settings nor the model's context say less."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +54,43 @@ class _Read:
     nothing: tuple[int, ...]
 
 
-def prepare(settings: DataSettings, tokenizer: Any, seed: int, progress: Progress | None = None) -> Prepared:
+def prepare(
+    settings: DataSettings,
+    tokenizer: Any,
+    seed: int,
+    progress: Progress | None = None,
+    *,
+    vocabulary: int | None = None,
+    max_position: int | None = None,
+) -> Prepared:
     """Reads and renders the data, and holds a part of it out.
 
     Args:
         seed: chooses the held-out rows.
         progress: told the number of rows read so far, after each block.
+        vocabulary: ids that the model knows, if it is known; no row may hold another.
+        max_position: the model's context, if it is known; no row may be longer.
 
     Raises:
+        ConfigError: ``max_length`` is beyond the model's context.
         DataError: the data cannot be read or rendered, or nothing is left to train on.
+        ModelError: the tokenizer gives ids that the model does not know.
     """
+    limit = _longest(settings.max_length, max_position)
     chat = chat_format(tokenizer, settings.template)
-    data = _read(settings, settings.data, settings.split, chat, progress)
+    data = _read(settings, settings.data, settings.split, chat, limit, vocabulary, progress)
     if not len(data.store):
         raise DataError(
             f"{settings.data}: nothing to train on: none of {data.count['rows']:,} rows holds a token to learn within "
-            f"{settings.max_length:,} tokens; see max_length, long and train_on"
+            f"{limit:,} tokens; see max_length, long and train_on"
         )
-    report = _report(settings, data, chat)
+    report = _report(settings, data, chat) | {"max_length": limit, "context": settings.max_length is None and limit == max_position}
     if settings.eval_data is None:
         held = _choose(data.keys, settings.eval_fraction, seed)
         copies = held & np.isin(data.pieces, data.pieces[~held])
         train, held_out = data.store.part(~held), data.store.part(held & ~copies)
     else:
-        other = _read(settings, settings.eval_data, settings.eval_split, chat, progress)
+        other = _read(settings, settings.eval_data, settings.eval_split, chat, limit, vocabulary, progress)
         copies = np.isin(other.keys, data.keys) | np.isin(other.pieces, data.pieces)
         train, held_out = data.store, other.store.part(~copies)
         if not len(held_out):
@@ -87,7 +102,27 @@ def prepare(settings: DataSettings, tokenizer: Any, seed: int, progress: Progres
     return Prepared(train, held_out, DataReport(**report))
 
 
-def _read(settings: DataSettings, source: str, split: str, chat: ChatFormat, progress: Progress | None) -> _Read:
+def _longest(wanted: int | None, context: int | None) -> int:
+    """The longest example that a run admits."""
+    if wanted is None:
+        return LONGEST if context is None else min(LONGEST, context)
+    if context is not None and wanted > context:
+        raise ConfigError(
+            f"max_length: found {wanted}, expected at most {context}, the model's context (max_position_embeddings); "
+            f"run with --max-length {context}"
+        )
+    return wanted
+
+
+def _read(
+    settings: DataSettings,
+    source: str,
+    split: str,
+    chat: ChatFormat,
+    limit: int,
+    vocabulary: int | None,
+    progress: Progress | None,
+) -> _Read:
     """Reads one data set to its end."""
     count, forms, ignored = Counter[str](), Counter[str](), Counter[str]()
     keys, pieces, lengths, nothing = array("Q"), array("Q"), array("q"), array("q")
@@ -99,7 +134,8 @@ def _read(settings: DataSettings, source: str, split: str, chat: ChatFormat, pro
         while block := list(islice(examples, settings.read_ahead)):
             marked = list(_mark(block, chat, settings.system_prompt, source, problems))
             for rendered in tokens_of(marked, chat, settings.train_on):
-                kept = fit(rendered, settings.max_length, settings.long, begins, count)
+                _check_ids(rendered, vocabulary, chat, source)
+                kept = fit(rendered, limit, settings.long, begins, count)
                 whole = _key(rendered.tokens)
                 for piece in kept:
                     writer.append(piece)
@@ -110,7 +146,7 @@ def _read(settings: DataSettings, source: str, split: str, chat: ChatFormat, pro
                 count["usable"] += bool(kept)
                 count["targets"] += int(rendered.trained.sum())
                 lengths.append(len(rendered.tokens))
-                if not kept and not (settings.long == "drop" and len(rendered.tokens) > settings.max_length):
+                if not kept and not (settings.long == "drop" and len(rendered.tokens) > limit):
                     nothing.append(rendered.row)
             count["rows"] += len(block)
             count["blank_answers"] += sum(item.blank for item in marked)
@@ -148,6 +184,17 @@ def _mark(
             problems.add(f"{source}: row {example.row}", str(error))
 
 
+def _check_ids(rendered: Rendered, vocabulary: int | None, chat: ChatFormat, source: str) -> None:
+    """Refuses a row with an id for which the model has no vector."""
+    if vocabulary is None or not (beyond := np.flatnonzero(rendered.tokens >= vocabulary)).size:
+        return
+    number = int(rendered.tokens[beyond[0]])
+    raise ModelError(
+        f"{source}: row {rendered.row}: the tokenizer gives {chat.tokenizer.convert_ids_to_tokens(number)!r} the id "
+        f"{number}, but the model knows {vocabulary:,} ids, from 0; use the tokenizer that was published with the model"
+    )
+
+
 def _key(tokens: NDArray[np.int32]) -> int:
     """Tells token sequences apart: 64 bits, so that two of a million rows share one by chance once in 37 million sets."""
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
@@ -183,7 +230,6 @@ def _report(settings: DataSettings, data: _Read, chat: ChatFormat) -> dict[str, 
         "source": settings.data,
         "template": chat.name,
         "long": settings.long,
-        "max_length": settings.max_length,
         "train_on": settings.train_on,
         "forms": dict(data.forms.most_common()),
         "ignored": tuple(name for name, number in data.ignored.items() if number == data.count["rows"]),

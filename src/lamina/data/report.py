@@ -20,7 +20,7 @@ class DataReport:
         answers, ended: answers (or plain texts) left to train on, and how many of them end in a trained end token.
         blank_answers: answers without text, which are not learnt.
         specials_inside: rows with a message that holds the text of a special token.
-        long: what became of the rows longer than ``max_length``.
+        long: what became of the rows longer than ``max_length``, which is the model's context where ``context``.
         lost_tokens, lost_targets: what that cost; ``cut_answers`` lost their end, ``lost_answers`` all of their text.
         nothing_to_learn: numbers of the rows that hold no target (or none after the cut): never trained on.
         duplicates: rows that repeat an earlier one; copies stand on the same side of the split.
@@ -54,6 +54,7 @@ class DataReport:
     held_out_rows: int = 0
     held_out_copies: int = 0
     held_out_source: str = ""
+    context: bool = False
 
     def lines(self) -> list[str]:
         """The account in sentences, the most important first; nothing is said of what did not happen."""
@@ -70,15 +71,17 @@ class DataReport:
         )
         texts = "texts" if set(self.forms) == {"text"} else "answers"
         blank = f"; {self.blank_answers:,} blank, not learnt" if self.blank_answers else ""
-        said.append(f"end token trained in {self.ended:,} of {self.answers:,} {texts}{blank}")
+        said.append(f"end token trained in {self.ended:,} of {self.answers:,} {texts}{blank}{self._endless()}")
+        context = ", the model's context" if self.context else ""
+        longer = f"longer than {self.max_length:,} tokens{context}"
         if self.long_rows:
             done = {"drop": "left out", "truncate": "cut at the end", "split": "cut into pieces"}[self.long]
             said.append(
-                f"longer than {self.max_length:,} tokens: {_rows(self.long_rows)} {done}; lost {self.lost_tokens:,} tokens, "
+                f"{longer}: {_rows(self.long_rows)} {done}; lost {self.lost_tokens:,} tokens, "
                 f"{self.lost_targets:,} of them to be learnt; {self.cut_answers:,} {texts} cut, {self.lost_answers:,} lost"
             )
         else:
-            said.append(f"longer than {self.max_length:,} tokens: no row")
+            said.append(f"{longer}: no row")
         if self.nothing_to_learn:
             rows = ", ".join(map(str, self.nothing_to_learn[:LISTED]))
             more = f" and {len(self.nothing_to_learn) - LISTED:,} more" if len(self.nothing_to_learn) > LISTED else ""
@@ -99,6 +102,14 @@ class DataReport:
         train = f"{_rows(self.train_rows, 'example')} to train on"
         said.append(f"split: {train}, {held}{copies}")
         return said
+
+    def _endless(self) -> str:
+        """What follows where not every answer teaches its end."""
+        if self.ended == self.answers:
+            return ""
+        if not self.ended:
+            return "; the model will not learn to stop"
+        return f"; {self.answers - self.ended:,} will not teach the model to stop"
 
     def _what(self) -> str:
         everything = self.train_on == "everything" or set(self.forms) == {"text"}

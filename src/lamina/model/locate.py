@@ -23,6 +23,8 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         ModelError: no such folder, repository or revision; access refused; the hub cannot be reached and the model is
             not in the cache; no room on the disk.
     """
+    if not str(name):  # its Path would be the current folder
+        raise ModelError("model: nothing is named, expected a folder or an id on the hub (owner/name); check --model")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -53,7 +55,14 @@ def _download(name: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        if any(folder.glob("model*.safetensors*")) or not _only_pickled(name, revision):
+            return folder
+        message = (
+            "published only as pickles, which can run code when read; choose a model published as safetensors, or convert "
+            "it once, where you trust it: python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as "
+            f"T; [c.from_pretrained('{name}').save_pretrained('converted') for c in (M, T)]\", then run with --model converted"
+        )
     except GatedRepoError:
         message = f"access is restricted; accept the licence at huggingface.co/{name}, then run: hf auth login"
     except RepositoryNotFoundError:
@@ -69,6 +78,18 @@ def _download(name: str, revision: str | None) -> Path:
     except OSError as error:
         message = f"the download cannot be kept ({error.strerror or error}); HF_HOME sets where downloads go"
     raise ModelError(f"{name}: {message}")
+
+
+def _only_pickled(name: str, revision: str | None) -> bool:
+    """Whether a repository without safetensors holds pickles; not known where the hub does not answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except (HTTPError, OSError):
+        return False
+    return any(file.startswith("pytorch_model") for file in files)
 
 
 def _offline(error: OSError) -> str:

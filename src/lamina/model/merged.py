@@ -52,9 +52,7 @@ def write_merged(
         CheckpointError: ``out`` is not empty, or cannot be written (disk full, read-only); nothing is left there.
         ModelError: the base cannot be read.
     """
-    out = Path(os.path.abspath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not an empty folder; name another place as --out")
+    out = free_place(out)
     stored = used_tensors(base, read_config(base))
     size = sum(tensor.size for tensor in stored.values())
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
@@ -77,6 +75,18 @@ def write_merged(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Merged(out, tuple(shards), len(stored), size)
+
+
+def free_place(out: Path) -> Path:
+    """The absolute path of a folder that is absent or empty.
+
+    Raises:
+        CheckpointError: something is there.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not an empty folder; name another place as --out")
+    return out
 
 
 def _plan(stored: dict[str, Stored], max_shard_bytes: int) -> dict[str, list[str]]:

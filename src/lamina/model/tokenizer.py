@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lamina.errors import ModelError
+from lamina.errors import ModelError, first_line
 from lamina.model.keys import read_json
 
 
@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from None
     _find_specials_as_written(tokenizer)
     return tokenizer
 

@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lamina.errors import ConfigError, ModelError
 from lamina.model.architecture import Architecture, read_config
@@ -31,7 +31,7 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 class ModelSettings:
     """The base model: which one, in which precision, where."""
 
-    model: str
+    model: Annotated[str, Field(min_length=1)]
     """Folder of a model (config.json, safetensors, tokenizer) or its id on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub; a commit pins it."""
@@ -82,18 +82,25 @@ def load_model(
         ModelError: the model is not found, damaged, not computed here, or its tensors do not fit its config; all
             misfits in one message.
     """
-    folder = locate(name, revision)
+    model, stored = outline(locate(name, revision), DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    model.to_empty(device=pick_device(device) if isinstance(device, str) else device)
+    for key, parameter in model.named_parameters():
+        stored[key].read_into(parameter.data)
+    return model
+
+
+def outline(folder: Path, dtype: torch.dtype) -> tuple[Decoder, dict[str, Stored]]:
+    """The model of a folder on the ``meta`` device: frozen, in evaluation mode, and where its weights are stored.
+
+    Raises:
+        ModelError: as ``load_model``.
+    """
     architecture = read_config(folder)
     stored = used_tensors(folder, architecture)
     with torch.device("meta"):
         model = Decoder(architecture)
-    model.to(DTYPES[dtype] if isinstance(dtype, str) else dtype)
     _check_fit(folder, {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}, stored)
-    model.to_empty(device=pick_device(device) if isinstance(device, str) else device)
-    model.requires_grad_(False).eval()
-    for key, parameter in model.named_parameters():
-        stored[key].read_into(parameter.data)
-    return model
+    return model.to(dtype).requires_grad_(False).eval(), stored
 
 
 def used_tensors(folder: Path, architecture: Architecture) -> dict[str, Stored]:

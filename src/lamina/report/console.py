@@ -6,6 +6,7 @@ came from outside goes through ``clean`` or ``safe_json`` before it is printed.
 
 import io
 import json
+import os
 import re
 import time
 from collections import deque
@@ -47,7 +48,7 @@ class Progress:
 
     def __init__(self, stream: Stream, clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.clock = 0, clock
-        self.console = _console(stream)
+        self.console = _console(stream, _Unheard)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if stream.isatty() else None
         self.recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self.shown_at, self.shown_step = -float("inf"), 0
@@ -133,10 +134,26 @@ def before_after(
         console.print(examples)
 
 
-def _console(stream: Stream) -> Console:
+class _Piped(Console):
+    """Leaves it to the command line to end when the reader goes away: rich itself would, with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class _Unheard(Console):
+    """Falls silent when the reader goes away: hours of training are worth more than their listener."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "wb") as nowhere:  # what is still buffered must go somewhere
+            os.dup2(nowhere.fileno(), self.file.fileno())
+
+
+def _console(stream: Stream, kind: type[Console] = _Piped) -> Console:
     """A console that never writes an escape sequence into anything but a terminal, whatever the environment says."""
     terminal = stream.isatty()
-    return Console(
+    return kind(
         file=stream, force_terminal=terminal, width=None if terminal else _PIPE_WIDTH, highlight=False, markup=False
     )
 

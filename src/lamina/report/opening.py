@@ -31,7 +31,7 @@ def marked(tokens: list[tuple[str, bool]], longest: int = 90) -> str:
     return "".join(parts)
 
 
-def training_lines(model: Decoder, name: str, training: Training, steps: int, every: int) -> Iterator[str]:
+def training_lines(model: Decoder, name: str, training: Training, steps: int, every: int | None) -> Iterator[str]:
     """What is frozen, what is trained and saved, and how long and how fast it learns."""
     modules = adapted(model)
     trained = sum(module.a.numel() + module.b.numel() for module in modules.values())
@@ -43,7 +43,8 @@ def training_lines(model: Decoder, name: str, training: Training, steps: int, ev
     )
     rule = "" if training.learning_rate else f", the rule of thumb for LoRA at width {model.architecture.width}"
     often = "after every step" if every == 1 else f"every {every} steps"
+    watched = f"evaluated before the first step, {often} and at the end" if every else "nothing held out to evaluate on"
     yield (
         f"training: {steps:,} steps of {training.batch_size} examples; learning rate {training.rate(model):.2e} "
-        f"({training.schedule}{rule}); evaluated before the first step, {often} and at the end"
+        f"({training.schedule}{rule}); {watched}"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lamina.errors import CheckpointError
 from lamina.training.loop import Step
 
 
@@ -22,7 +23,7 @@ class Record:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run / "metrics.jsonl"
-        if after is not None and path.exists():
+        if after is not None:
             _cut(path, after)
         self._file = path.open("w" if after is None else "a", encoding="utf-8")
         purge = None if after is None else after + 1
@@ -54,20 +55,31 @@ class Record:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order; a last line cut short by a kill is left out."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All records of a run, in order; a last line cut short by a kill is left out.
+
+    Raises:
+        CheckpointError: there is no record, or a damaged one.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); the run's record is lost, start a new run") from None
 
 
 def _cut(path: Path, after: int) -> None:
     kept = [record for record in read_metrics(path.parent) if record["step"] <= after]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a temporary name and renames it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all: to a temporary name, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

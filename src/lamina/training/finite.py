@@ -17,8 +17,8 @@ def refuse_non_finite(model: Decoder, loss: Tensor, norm: Tensor, batches: Seque
     """Passes when the step's loss and gradient norm are finite: one read of the device.
 
     Raises:
-        TrainingError: names step, layer and rows. They are found by computing the step again, which is safe: the
-            optimiser has not moved.
+        TrainingError: names step, layer and rows, or the base's own weights where they are to blame. They are found by
+            computing the step again, which is safe: the optimiser has not moved.
     """
     if torch.isfinite(loss + norm).item():
         return
@@ -30,12 +30,34 @@ def refuse_non_finite(model: Decoder, loss: Tensor, norm: Tensor, batches: Seque
         backwards = reversed(adapted(model).items())
         bad = (path for path, m in backwards if any(not finite(p.grad) for p in (m.a, m.b)))
         layer = next(bad, "the sum over the gradients")
-    rows = rows or sorted(row for batch in batches for row in batch.rows)
+    rows = sorted({*rows} or {row for batch in batches for row in batch.rows})
+    advice = damage(model) or "lower the learning rate, or look at these rows"
     raise TrainingError(
         f"step {step}: the {what} is not finite; first in {layer}, rows {', '.join(map(str, rows[:8]))}"
-        f"{' …' if len(rows) > 8 else ''}; the adapter is as it was before this step; lower the learning rate, or look "
-        f"at these rows"
+        f"{' …' if len(rows) > 8 else ''}; the adapter is as it was before this step; {advice}"
     )
+
+
+def damage(model: Decoder) -> str:
+    """Says which frozen weights are not finite; nothing where all are."""
+    bad = [name for name, weight in model.named_parameters() if not weight.requires_grad and not finite(weight)]
+    if not bad:
+        return ""
+    return f"the base itself is damaged, with non-finite numbers in {bad[0]} and {len(bad) - 1} more: get it anew"
+
+
+def refuse_broken_adapter(model: Decoder, step: int) -> None:
+    """Passes when the update of a step left every A and B finite: one read of the device.
+
+    Raises:
+        TrainingError: names the step; what was saved before it is untouched.
+    """
+    parameters = [parameter for module in adapted(model).values() for parameter in (module.a, module.b)]
+    if not torch.isfinite(nn.utils.get_total_norm(parameters)).item():
+        raise TrainingError(
+            f"step {step}: its update made the adapter non-finite; nothing of it is saved, what was saved before is as it "
+            f"was; lower the learning rate"
+        )
 
 
 def refuse_silent(model: Decoder) -> None:

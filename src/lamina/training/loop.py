@@ -6,6 +6,7 @@ micro-batches as the token budget allows, losses and gradients are **sums** over
 the step's supervised tokens. How a step is cut into micro-batches therefore changes nothing but its memory.
 """
 
+import contextlib
 import resource
 import sys
 import time
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from lamina.adapter import adapted
 from lamina.data.pack import Batch, pack
 from lamina.data.render import Rendered
+from lamina.errors import DataError, TrainingError
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
 from lamina.ops.loss import cross_entropy_sum
 from lamina.section import section
-from lamina.training.finite import refuse_non_finite, refuse_silent
+from lamina.training.finite import refuse_broken_adapter, refuse_non_finite, refuse_silent
 from lamina.training.optimizer import Schedule, adamw, rate_factor, rule_of_thumb
 from lamina.training.order import rows_of_step, steps_of
 
@@ -125,12 +127,15 @@ def train(model: Decoder, examples: Examples, training: Training, state: State, 
     """Trains the adapter of a model, step by step, from where ``state`` is.
 
     Raises:
-        TrainingError: a loss or gradient is not finite (the adapter is left as it was before that step), or after the
-            first step some B has no gradient.
+        TrainingError: a loss or gradient is not finite (the adapter is left as it was before that step), the update
+            is not, or after the first step some B has no gradient.
+        DataError: there are no examples.
     """
+    if not len(examples):
+        raise DataError("found no examples to train on, expected at least one")
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     peak, steps = training.rate(model), training.total_steps(len(examples))
-    last = None if training.steps else round(len(examples) * training.epochs)
+    last = None if training.steps else max(1, round(len(examples) * training.epochs))
     while state.step < steps:
         began = time.perf_counter()
         model.train()  # whoever looked at the model between two steps may have left it in evaluation mode
@@ -138,8 +143,10 @@ def train(model: Decoder, examples: Examples, training: Training, state: State, 
         batches = pack([examples[row] for row in rows], training.micro_batch_tokens)
         supervised = sum(batch.supervised for batch in batches)
 
-        torch.manual_seed(_mix(seed, state.step))  # dropout: a function of (seed, step)
-        loss = torch.stack([backward(model, batch, training.checkpoint_layers) for batch in batches]).sum() / supervised
+        with torch.random.fork_rng():  # the caller's generator stays as it is
+            torch.manual_seed(_mix(seed, state.step))  # dropout: a function of (seed, step)
+            losses = [backward(model, batch, training.checkpoint_layers) for batch in batches]
+        loss = torch.stack(losses).sum() / supervised
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(supervised)  # the one division
@@ -155,6 +162,7 @@ def train(model: Decoder, examples: Examples, training: Training, state: State, 
             group["lr"] = rate
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
+        refuse_broken_adapter(model, state.step + 1)
         state.step += 1
         tokens = sum(batch.real_tokens for batch in batches)
         seconds = time.perf_counter() - began
@@ -182,10 +190,11 @@ def rehearse(model: Decoder, examples: Examples, lengths: Sequence[int], trainin
     longest = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))[: training.batch_size]
     (together,) = pack([examples[index] for index in longest], sum(lengths[index] for index in longest))
     batch = _cut(together, max(training.micro_batch_tokens, together.lengths[0]))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         model.train()
-        backward(model, batch, training.checkpoint_layers)
+        loss = backward(model, batch, training.checkpoint_layers)
     model.zero_grad(set_to_none=True)
+    refuse_non_finite(model, loss, loss, [batch], 1)
     return len(batch.tokens)
 
 
@@ -196,6 +205,24 @@ def _cut(batch: Batch, most: int) -> Batch:
         lengths.append(min(length, most - sum(lengths)))
     parts = {name: getattr(batch, name)[:most] for name in ("tokens", "targets", "position")}
     return replace(batch, lengths=tuple(length for length in lengths if length), **parts)
+
+
+@contextlib.contextmanager
+def memory_told() -> Iterator[None]:
+    """Turns the end of the memory into an error that names the ways out.
+
+    Raises:
+        TrainingError: memory ran out; torch reports it as a RuntimeError of its own wording on a CPU.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            "out of memory; what was saved is untouched; lower --micro-batch-tokens or --max-length, or raise "
+            "--checkpoint-layers (the result stays the same but for --max-length)"
+        ) from None
 
 
 def memory(device: torch.device) -> int:

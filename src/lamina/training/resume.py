@@ -9,7 +9,7 @@ killed, the file there is a complete one.
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,22 +48,21 @@ class Progress:
 
 
 @torch.no_grad()
-def save_state(run: Path, model: Decoder, state: State, progress: Progress, data: str, base: str) -> None:
+def save_state(run: Path, model: Decoder, state: State, progress: Progress, origin: Mapping[str, str]) -> None:
     """Writes the state of a run atomically.
 
     Args:
-        data: fingerprint of the training examples.
-        base: fingerprint of the base model.
+        origin: what the run is computed from, as fingerprints by name: ``training rows``, ``base model``, …
     """
     folder = run / "state"
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in _tensors(model, state).items()}
-    header = {"version": VERSION, "step": state.step, "data": data, "base": base, "progress": asdict(progress)}
+    header = {"version": VERSION, "step": state.step, "origin": dict(origin), "progress": asdict(progress)}
     write_tensors(folder / "state.safetensors", tensors, {"lamina": json.dumps(header)})
 
 
 @torch.no_grad()
-def load_state(run: Path, model: Decoder, state: State, data: str, base: str) -> Progress:
+def load_state(run: Path, model: Decoder, state: State, origin: Mapping[str, str]) -> Progress:
     """Puts the saved state of a run into the adapter of ``model`` and into ``state``.
 
     Raises:
@@ -71,13 +70,7 @@ def load_state(run: Path, model: Decoder, state: State, data: str, base: str) ->
     """
     path = run / "state" / "state.safetensors"
     header = read_header(run)
-    for name, expected in (("data", data), ("base", base)):
-        if header[name] != expected:
-            what = "training rows" if name == "data" else "base model"
-            raise CheckpointError(
-                f"{run}: the {what} are not those this run was trained on ({header[name][:12]} then, {expected[:12]} now); "
-                f"bring back the same {what}, or start a new run"
-            )
+    check_origin(run, header, origin)
     state.step = header["step"]
     if state.step:
         for parameter in (p for group in state.optimizer.param_groups for p in group["params"]):
@@ -97,6 +90,25 @@ def load_state(run: Path, model: Decoder, state: State, data: str, base: str) ->
         for name, tensor in tensors.items():
             tensor.copy_(file.get_tensor(name))
     return Progress(**header["progress"])
+
+
+def check_origin(run: Path, header: Mapping[str, Any], origin: Mapping[str, str]) -> None:
+    """Passes when everything named in ``origin`` is what the run was computed from.
+
+    Raises:
+        CheckpointError: names all that is not.
+    """
+    others = [name for name, found in origin.items() if header["origin"].get(name) != found]
+    if others:
+        raise CheckpointError(
+            f"{run}: the {' and the '.join(others)} are not those this run was trained with; bring them back as they were, "
+            f"or start a new run"
+        )
+
+
+def has_state(run: Path) -> bool:
+    """Whether a run has come as far as its first saved state."""
+    return (run / "state" / "state.safetensors").is_file()
 
 
 def read_header(run: Path) -> dict[str, Any]:

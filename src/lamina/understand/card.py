@@ -1,12 +1,13 @@
 """The card that closes every run: the untouched base beside the adapter, on rows that neither was trained on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 from lamina.adapter import adapter_scale
 from lamina.data.render import Rendered
+from lamina.data.store import TokenStore
 from lamina.evaluation import Answers, Evaluating, Evaluation, answers, evaluate
 from lamina.model.decoder import Decoder
 
@@ -66,7 +67,7 @@ def measure(
     model: Decoder,
     tokenizer: Any,
     stop: AbstractSet[int],
-    held_out: Sequence[Rendered] | Iterable[Rendered],
+    held_out: TokenStore | Sequence[Rendered],
     neutral: Sequence[Rendered],
     settings: Evaluating,
     budget: int,
@@ -78,11 +79,11 @@ def measure(
         neutral: windows of text that has nothing to do with the task, for what was forgotten.
         budget: tokens computed at one time.
     """
-    rows = list(held_out)
-    asked = settings.eval_samples and rows
+    some = len(held_out) > 0  # the rows themselves stay on disk and are gone through
+    asked = settings.eval_samples and some
     return Measured(
-        held_out=evaluate(model, rows, budget) if rows else None,
-        answers=answers(model, rows, tokenizer, stop, settings.eval_samples, settings.eval_max_new_tokens)
+        held_out=evaluate(model, held_out, budget) if some else None,
+        answers=answers(model, held_out, tokenizer, stop, settings.eval_samples, settings.eval_max_new_tokens)
         if asked
         else None,
         neutral=evaluate(model, neutral, budget) if neutral else None,

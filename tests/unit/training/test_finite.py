@@ -1,6 +1,7 @@
 """A run that must not go on stops, names step, layer and rows, and leaves the adapter as it was."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from models import examples, tiny
 
 from lamina.adapter import LoRA, adapted, attach
-from lamina.errors import TrainingError
+from lamina.errors import DataError, TrainingError
 from lamina.model.decoder import Decoder
 from lamina.training.loop import Training, start, train
 
@@ -49,7 +50,8 @@ def test_a_nan_in_the_base_is_found_where_it_is(broken: str, named: str) -> None
     model = prepared()
     model.get_parameter(broken).data.view(-1)[3] = float("nan")
     assert stopped(model, examples(8)) == (
-        f"step 1: the loss is not finite; first in {named}, rows {_rows(model, examples(8))}{END}"
+        f"step 1: the loss is not finite; first in {named}, rows {_rows(model, examples(8))}; the adapter is as it was "
+        f"before this step; the base itself is damaged, with non-finite numbers in {broken} and 0 more: get it anew"
     )
 
 
@@ -58,7 +60,7 @@ def _rows(model: Decoder, data: Any) -> str:
     from lamina.training.order import rows_of_step
 
     batches = pack([data[row] for row in rows_of_step(0, 8, 8, 0)], TRAINING.micro_batch_tokens)
-    return ", ".join(str(row) for batch in batches for row in batch.rows)
+    return ", ".join(map(str, sorted(row for batch in batches for row in batch.rows)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -129,3 +131,16 @@ def test_matrices_that_are_never_reached_are_listed() -> None:
 def test_sound_training_passes() -> None:
     model = prepared()
     assert len(list(train(model, examples(16), TRAINING, start(model, TRAINING), 0))) == 2
+
+
+def test_an_update_that_breaks_the_adapter_stops_the_run() -> None:
+    model = prepared()
+    training = replace(TRAINING, learning_rate=1e39, warmup=0.0)
+    with pytest.raises(TrainingError, match="step 1: its update made the adapter non-finite; nothing of it is saved"):
+        next(train(model, examples(8), training, start(model, training), seed=0))
+
+
+def test_nothing_to_train_on() -> None:
+    model = prepared()
+    with pytest.raises(DataError, match="found no examples to train on, expected at least one"):
+        next(train(model, [], TRAINING, start(model, TRAINING), seed=0))

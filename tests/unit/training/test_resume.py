@@ -20,6 +20,7 @@ from lamina.training.resume import VERSION, Progress, load_state, locked, read_h
 
 TRAINING = Training(batch_size=4, epochs=2, learning_rate=1e-2, weight_decay=0.1, clip=0.5)
 DATA = examples(18)
+ORIGIN = {"training rows": "aa", "base model": "bb"}
 PROGRESS = Progress(best_loss=1.25, best_step=3, evaluations_since_best=2)
 
 
@@ -50,7 +51,7 @@ def save(run: Path, steps: int = 2, progress: Progress = PROGRESS) -> tuple[Deco
     going = train(model, DATA, TRAINING, state, seed=9)
     for _ in range(steps):
         next(going)
-    save_state(run, model, state, progress, data="data", base="base")
+    save_state(run, model, state, progress, ORIGIN)
     return model, state
 
 
@@ -60,9 +61,9 @@ def rewrite(run: Path, **header: Any) -> None:
     save_file(load_file(state_file(run)), state_file(run), {"lamina": json.dumps({**before, **header})})
 
 
-def refusal(run: Path, data: str = "data", base: str = "base", **lora: Any) -> str:
+def refusal(run: Path, origin: dict[str, str] | None = None, **lora: Any) -> str:
     with pytest.raises(CheckpointError) as error:
-        load_state(run, *fresh(**lora), data, base)
+        load_state(run, *fresh(**lora), {**ORIGIN, **(origin or {})})
     return str(error.value)
 
 
@@ -78,7 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop: int, tmp_path:
     save(tmp_path, stop)
     torch.manual_seed(123)  # another process has another generator
     again, later = fresh()
-    assert load_state(tmp_path, again, later, "data", "base") == PROGRESS
+    assert load_state(tmp_path, again, later, ORIGIN) == PROGRESS
     assert later.step == stop
     resumed = [
         (step.step, step.loss, step.grad_norm, step.learning_rate)
@@ -93,7 +94,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop: int, tmp_path:
 def test_state_is_saved_as_it_was(tmp_path: Path) -> None:
     model, state = save(tmp_path)
     again, later = fresh()
-    load_state(tmp_path, again, later, "data", "base")
+    load_state(tmp_path, again, later, ORIGIN)
     expected, found = everything(model, state), everything(again, later)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["state.safetensors"]
@@ -107,7 +108,7 @@ def test_a_half_written_state_is_never_read(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path}: found no saved state to resume from (expected {state_file(tmp_path)})"
     save(tmp_path)
     partial.write_bytes(state_file(tmp_path).read_bytes()[:500])
-    assert load_state(tmp_path, *fresh(), "data", "base") == PROGRESS
+    assert load_state(tmp_path, *fresh(), ORIGIN) == PROGRESS
 
 
 def test_a_save_that_fails_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,13 +156,12 @@ def test_a_newer_version(tmp_path: Path) -> None:
 
 def test_other_data_or_another_base(tmp_path: Path) -> None:
     save(tmp_path)
-    assert refusal(tmp_path, data="other") == (
-        f"{tmp_path}: the training rows are not those this run was trained on (data then, other now); "
-        "bring back the same training rows, or start a new run"
+    other = {"training rows": "xx", "base model": "yy"}
+    assert refusal(tmp_path, other) == (
+        f"{tmp_path}: the training rows and the base model are not those this run was trained with; "
+        "bring them back as they were, or start a new run"
     )
-    assert "the base model are not those this run was trained on (base then, other now)" in refusal(
-        tmp_path, base="other"
-    )
+    assert "the base model are not those" in refusal(tmp_path, {"base model": "yy"})
 
 
 @pytest.mark.parametrize("lora", [{"rank": 1}, {"rank": 8}, {"targets": ("q_proj",)}, {"layers": "1"}])

@@ -1,0 +1,155 @@
+"""A run's folder: what is kept, what is refused, and what is never lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import write_tiny
+from tokens import pieces
+
+from lamina import cli
+from lamina.adapter import LoRA
+from lamina.data.examples import DataSettings
+from lamina.errors import CheckpointError, ConfigError, TrainingError
+from lamina.evaluation import Evaluating
+from lamina.job import Job, Watching
+from lamina.jobfile import Head
+from lamina.model.weights import ModelSettings
+from lamina.opened import card_of, open_run
+from lamina.report.record import read_metrics
+from lamina.run import fine_tune, resume
+from lamina.training.loop import Training, memory_told
+from lamina.training.resume import locked
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = pieces()
+    write_tiny(folder / "base", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder / "base")
+    rows = [{"prompt": f"the cat {n}", "completion": "sat on a mat " * (n % 4 + 1)} for n in range(12)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def job(place: Path, out: Path, base: str = "base", **sections: Any) -> Job:
+    """A job of four steps; keyword arguments replace whole sections."""
+    return Job(
+        **{
+            "head": Head(out=str(out)),
+            "model": ModelSettings(model=str(place / base), dtype="fp32", device="cpu"),
+            "data": DataSettings(data=str(place / "rows.jsonl"), eval_fraction=0.25),
+            "adapter": LoRA(rank=2),
+            "train": Training(steps=4, batch_size=3),
+            "watch": Watching(eval_every=1),
+            "evaluate": Evaluating(eval_samples=0),
+            **sections,
+        }
+    )
+
+
+def test_a_refused_run_leaves_nothing(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter.targets: 'c_attn' matches no linear"):
+        fine_tune(job(place, tmp_path / "run", adapter=LoRA(targets=("c_attn",))))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(
+        ConfigError, match="train.checkpoint_layers: found 99, expected at most 2, the layers of the model"
+    ):
+        fine_tune(job(place, tmp_path / "mine", train=Training(steps=1, checkpoint_layers=99)))
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_folder_in_use_is_not_touched(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with locked(run), pytest.raises(CheckpointError, match="is not empty"):
+        fine_tune(job(place, run))
+    assert (run / ".lock").exists()
+
+
+def test_early_stopping_ends_the_run_and_resuming_does_not_go_on(place: Path, tmp_path: Path) -> None:
+    """At a rate this small the first evaluation is the best: rounding decides between equals, and the first one stays."""
+    training = Training(steps=50, batch_size=3, learning_rate=1e-30, schedule="constant", warmup=0.0)
+    fine_tune(job(place, tmp_path / "run", train=training, watch=Watching(eval_every=1, patience=2)))
+    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert steps == [1, 2, 3]
+    before = load_file(tmp_path / "run/state/state.safetensors")
+    resume(tmp_path / "run")
+    after = load_file(tmp_path / "run/state/state.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert len(read_metrics(tmp_path / "run")) == 3 + 4  # steps, and evaluations with the base's
+
+
+def test_patience_needs_something_held_out(place: Path, tmp_path: Path) -> None:
+    data = DataSettings(data=str(place / "rows.jsonl"), eval_fraction=0.0)
+    with pytest.raises(ConfigError, match="watch.patience: counts evaluations, but nothing is held out"):
+        fine_tune(job(place, tmp_path / "run", data=data, watch=Watching(patience=1)))
+
+
+def test_a_damaged_base_is_named_before_the_first_step(place: Path, tmp_path: Path) -> None:
+    weights = load_file(place / "base" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (place / "base").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    model = ModelSettings(model=str(broken), dtype="fp32", device="cpu")
+    with pytest.raises(
+        TrainingError, match=r"base itself is damaged, with non-finite numbers in model.layers.1.mlp.up_proj"
+    ):
+        fine_tune(job(place, tmp_path / "run", model=model))
+
+
+@pytest.mark.parametrize("rate", [1e39, 1e18])
+def test_nothing_non_finite_is_saved(rate: float, place: Path, tmp_path: Path) -> None:
+    """At 1e39 the update overflows; at 1e18 it does not, but what the adapter then computes does."""
+    training = Training(steps=4, batch_size=3, learning_rate=rate, warmup=0.0)
+    with pytest.raises(TrainingError, match="lower the learning rate"):
+        fine_tune(job(place, tmp_path / "run", train=training, watch=Watching(eval_every=1, save_every=1)))
+    for file in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values()), file
+    assert all(record["eval_loss"] < 100 for record in read_metrics(tmp_path / "run") if "eval_loss" in record)
+
+
+def test_what_a_run_was_computed_from_is_pinned(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_bytes((place / "rows.jsonl").read_bytes())
+    run = tmp_path / "run"
+    fine_tune(job(place, run, data=DataSettings(data=str(data), eval_fraction=0.25)))
+    card_of(open_run(run))
+
+    text = (run / "job.toml").read_text()
+    (run / "job.toml").write_text(text.replace("batch_size = 3", "batch_size = 4"))
+    with pytest.raises(CheckpointError, match="the settings are not those this run was trained with"):
+        resume(run)
+    (run / "job.toml").write_text(text)
+
+    (run / "metrics.jsonl").rename(run / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: cannot be read .*; the run's record is lost"):
+        resume(run)
+
+    rows = data.read_text().splitlines()
+    data.write_text("\n".join(row.replace("sat", "was") for row in rows))
+    with pytest.raises(CheckpointError, match="the held-out rows are not those this run was trained with"):
+        card_of(open_run(run))
+
+
+def test_a_seed_is_no_less_than_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "demo", "--seed", "-5"]) == 2
+    assert "--seed: found '-5', expected an integer ≥ 0" in capsys.readouterr().err
+
+
+def test_the_end_of_the_memory_is_told_in_one_line() -> None:
+    with (
+        pytest.raises(TrainingError, match="out of memory; what was saved is untouched; lower --micro-batch-tokens"),
+        memory_told(),
+    ):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory_told():
+        torch.ones(2, 3) @ torch.ones(2, 3)
