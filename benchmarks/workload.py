@@ -46,7 +46,7 @@ def prepare(build: Path, shape: Shape) -> Files:
     files = Files(
         *(folder / name for name in ("model", "adapter", "whole.jsonl", "answers.jsonl", "gate.jsonl")), about=about()
     )
-    stamp, expected = folder / "made.json", asdict(shape) | {"rows": files.about, "version": 1}
+    stamp, expected = folder / "made.json", asdict(shape) | {"rows": files.about, "version": 2}
     if not stamp.exists() or json.loads(stamp.read_text(encoding="utf-8")) != expected:
         _write_model(files.model, shape)
         _write_adapter(files, shape)
@@ -87,6 +87,7 @@ def _write_model(folder: Path, shape: Shape) -> None:
 def _write_adapter(files: Files, shape: Shape) -> None:
     """An adapter in PEFT's format. B is small but not zero, so that A has a gradient in the first step too."""
     import torch
+    from safetensors.torch import load_file, save_file
 
     from lamina import LoRA, attach, load_model, save_adapter
 
@@ -97,6 +98,9 @@ def _write_adapter(files: Files, shape: Shape) -> None:
         for module in attach(model, lora, SEED).values():
             module.b.normal_(0.0, 0.01, generator=generator)
     save_adapter(model, files.adapter, lora, str(files.model))
+    weights = files.adapter / "adapter_model.safetensors"
+    # Without Lamina's mark of the base, as PEFT writes it: the files are kept, and other versions of Lamina read them too.
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
 
 
 def _write_rows(files: Files) -> None:

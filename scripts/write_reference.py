@@ -27,7 +27,8 @@ _SETTINGS = """\
 
 Each setting is a key of a job file, in the section named, and a flag of `lamina train` and `lamina init`. Flags win over the
 file, the file over the defaults. Text of a flag: `--targets q_proj,v_proj` for a list, `--rank-pattern 'q_proj=8,k_proj=4'` for
-a table, `--rslora` and `--no-rslora` for true and false, `none` where none is allowed (`"none"` in a file).
+a table, `--rslora` and `--no-rslora` for true and false, `none` where none is allowed (`"none"` in a file). `--epochs` is
+refused where steps are set, by a flag or by the job, because steps decide alone: `--epochs 3 --steps none`.
 """
 
 

@@ -19,12 +19,12 @@ from lamina.adapter_files import outline_adapter
 from lamina.data.pack import Batch, pack
 from lamina.data.render import Rendered
 from lamina.errors import CheckpointError, DataError
-from lamina.job import Job, base_folder, prepare_data, read_job
+from lamina.job import base_folder, read_job
 from lamina.model.fingerprint import stored_fingerprint
 from lamina.model.merged import free_place, write_merged
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import DTYPES, outline, pick_device
-from lamina.opened import adapter_folder
+from lamina.opened import Opened, adapter_folder, held_out_of
 from lamina.ops.loss import IGNORED
 from lamina.report.record import write_json
 from lamina.understand.difference import Difference, compare
@@ -32,6 +32,8 @@ from lamina.understand.streamed import streamed_logits, weights_of
 
 COMPARED = 256
 """Answer tokens whose whole distributions are compared; at V = 32,000 they take 33 MB."""
+
+_SLICE = 1 << 20  # numbers of a matrix that are in fp32 at one time
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def merge(run: Path, out: Path, best: bool = False, changes: dict[str, Any] | No
     """Writes the base of a run with its adapter added, and compares the result with what it was made from.
 
     Neither model is ever in memory: tensors are added one by one, and the comparison holds a layer at a time. Where the
-    run's data cannot be read any more, the merged model is written all the same, and the record says that it was not
+    run's data cannot be read any more or has changed, the merged model is written all the same, and the record says that it was not
     compared.
 
     Args:
@@ -110,7 +112,7 @@ def merge(run: Path, out: Path, best: bool = False, changes: dict[str, Any] | No
     dtype, device = DTYPES[job.model.dtype], pick_device(job.model.device)
     model, stored = outline(base, dtype)
     adapter = outline_adapter(model, folder, stored_fingerprint(model.architecture, stored))
-    batches, why_not = _batches(job, base)
+    batches, why_not = _batches(Opened(str(run), model, load_tokenizer(base), set(), base, job, run))
 
     matrices: list[Matrix] = []
     merged = write_merged(base, out, _add(adapted(model), adapter, matrices)).folder
@@ -136,24 +138,28 @@ def _add(
         path = name.removesuffix(".weight")
         if path not in modules or path == name:
             return stored
-        delta = (adapter[f"{path}.b"].float() @ adapter[f"{path}.a"].float()).mul_(modules[path].scale)
-        wide = stored.float()
-        norm, size = float(torch.linalg.vector_norm(delta)), float(torch.linalg.vector_norm(wide))
-        summed = (wide + delta).to(stored.dtype)
-        moved = torch.sub(summed.float(), wide, out=wide)
-        survived = float((moved * delta).sum()) / norm**2 if norm else 1.0
-        matrices.append(Matrix(path, norm / size if size else float("inf"), survived))
-        return summed
+        a, b = adapter[f"{path}.a"].float(), adapter[f"{path}.b"].float()
+        size, norm, kept = 0.0, 0.0, 0.0  # ‖W‖², ‖ΔW‖², ⟨W' - W, ΔW⟩
+        for rows in torch.arange(len(stored)).split(max(1, _SLICE // stored.shape[1])):
+            part = stored[rows[0] : rows[-1] + 1]
+            delta = (b[rows] @ a).mul_(modules[path].scale)
+            wide = part.to(torch.float32, copy=True)
+            part.copy_(wide + delta)  # rounded to the stored dtype
+            size += float(torch.linalg.vector_norm(wide)) ** 2
+            norm += float(torch.linalg.vector_norm(delta)) ** 2
+            kept += float((part.float() - wide).mul_(delta).sum())
+        relative = (norm / size) ** 0.5 if size else float("inf")
+        matrices.append(Matrix(path, relative, kept / norm if norm else 1.0))
+        return stored
 
     return update
 
 
-def _batches(job: Job, base: Path) -> tuple[list[Batch], str]:
+def _batches(run: Opened) -> tuple[list[Batch], str]:
     """Held-out rows, up to ``COMPARED`` answer tokens: short ones first, so that many rows count; or why there are none."""
-    tokenizer = load_tokenizer(base)
     try:
-        held_out = prepare_data(job, tokenizer).held_out
-    except DataError as error:
+        held_out = held_out_of(run).held_out
+    except (DataError, CheckpointError) as error:  # they cannot be read any more, or are others than in training
         return [], str(error)
     chosen: list[Rendered] = []
     tokens = 0

@@ -138,7 +138,7 @@ def _range(metadata: Iterable[Any]) -> str:
             case FieldInfo():  # Field(...) inside Annotated, in an arm of a union or an item of a list
                 return _range(item.metadata)
             case annotated_types.MinLen(1):
-                bounds.append("that is not empty")
+                bounds.append("of at least one character")
             case annotated_types.Ge(bound):
                 bounds.append(f"≥ {bound}")
             case annotated_types.Gt(bound):

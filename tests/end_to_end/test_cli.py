@@ -131,6 +131,27 @@ def test_jobs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None
             "found --rank with --resume, expected only --read-ahead, --save-every: a resumed run is the same run; "
             "for another one: lamina train runs/a/job.toml --rank …",
         ),
+        (["train", "demo", "--layers", "abc"], "--layers: found 'abc', expected text that matches ^(all|"),
+        (["train", "demo", "--name", "a/b"], "--name: found 'a/b', expected text that matches ^[A-Za-z0-9]"),
+        (["train", "demo", "--data", ""], "--data: found '', expected text of at least one character"),
+        (["train", "demo", "--resume", ""], "argument --resume: found nothing, expected the name of a folder; see"),
+        (["chat", ""], "argument RUN: found nothing, expected the name of a folder; see `lamina chat --help`"),
+        (
+            ["train", "demo", "--steps", "3", "--epochs", "2"],
+            "found --epochs beside --steps, which decides alone; leave out one, or add --steps none",
+        ),
+        (
+            ["train", "demo", "--epochs", "2"],
+            "found --epochs beside the job's steps = 150, which decides alone; leave out one, or add --steps none",
+        ),
+        (
+            ["train", "kdnuggets", "--base", "bf16"],
+            "snli-contradictions.jsonl: no such file; `lamina jobs kdnuggets` prints the script that writes it",
+        ),
+        (
+            ["chat", "model", "--best"],
+            "--best: model is not the folder of a run, so it has no best adapter; leave --be",
+        ),
         (["train", "miniguanaco"], "[model]: base: NF4 comes with a later version; run with --base bf16"),
         (["generate", "run"], "the following arguments are required: --prompts; see `lamina generate --help`"),
     ],

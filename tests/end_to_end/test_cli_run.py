@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from tiny import write_tiny
 from tokens import pieces
 
 from lamina import cli
+from lamina.commands.generate import read_prompts
 
 ROWS = [("the cat", "sat on a mat"), ("Hello", "world!"), ("two and two?", "Four."), ("was it", "good; saw that")]
 SMALL = ["--steps", "3", "--batch-size", "4", "--rank", "2", "--device", "cpu", "--eval-fraction", "0.25"]
@@ -117,6 +119,30 @@ def test_generate_answers_a_file(
     assert all(answer["tokens"] <= 6 for answer in answers)
     drawn = [*common, str(rows), "--json", "--temperature", "2", "--seed"]
     assert out_of(capsys, *drawn, "1") == out_of(capsys, *drawn, "1") != out_of(capsys, *drawn, "2")
+
+
+def test_a_prompt_ends_with_its_line_and_nowhere_else(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one\u2028line\x85still"}\r\n{"prompt": "two"}\n', encoding="utf-8")
+    assert [turns[0].content for turns in read_prompts(file)] == ["one\u2028line\x85still", "two"]
+    text = tmp_path / "prompts.txt"
+    text.write_text("one\x0cpage\ntwo", encoding="utf-8")
+    assert [turns[0].content for turns in read_prompts(text)] == ["one\x0cpage", "two"]
+
+
+def test_training_goes_on_when_the_reader_goes_away(place: Path) -> None:
+    """As in ``lamina train … | head -1``."""
+    out = place / "unheard"
+    arguments = ["train", "--model", str(place / "base"), "--data", str(place / "train.jsonl"), "--dtype", "fp32"]
+    command = [sys.executable, "-m", "lamina", *arguments, *SMALL, "--eval-max-new-tokens", "4", "--out", str(out)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(
+            command, stdout=pipe, stderr=subprocess.PIPE, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (out / "card.json").is_file()
 
 
 @pytest.mark.parametrize(

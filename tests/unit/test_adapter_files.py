@@ -10,10 +10,10 @@ import torch
 from models import logits, some_tokens, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from lamina.adapter import LoRA, adapted, attach, detach
-from lamina.adapter_files import CONFIG, WEIGHTS, fingerprint, load_adapter, read_config, save_adapter
+from lamina.adapter import LoRA, adapted, attach
+from lamina.adapter_files import CONFIG, WEIGHTS, fingerprint, load_adapter, outline_adapter, read_config, save_adapter
 from lamina.errors import AdapterError, CheckpointError
 from lamina.model.decoder import Decoder
 
@@ -246,25 +246,34 @@ def test_a_second_adapter(saved: Path) -> None:
     assert len(adapted(model)) == 21
 
 
-def test_fingerprint_is_of_the_base_whatever_lies_on_it() -> None:
-    model = tiny()
-    base = fingerprint(model)
-    attach(model, LoRA(rank=4))
-    assert fingerprint(model) == base
-    detach(model)
-    assert fingerprint(model.bfloat16()) == base, "an adapter may be used on the base in another dtype"
+def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
+    """As before the first step: it would load and do nothing, and nobody would be told."""
+    model = tiny(num_hidden_layers=3)
+    modules = attach(model, LoRA(rank=4))
+    save_adapter(model, tmp_path, LoRA(rank=4), "some/base")
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: this adapter changes nothing: every B is zero, as before the first step; train it, or use the base "
+        "without it"
+    )
+    next(reversed(modules.values())).b.data[0, 0] = 1e-6  # one number is enough
+    save_adapter(model, tmp_path, LoRA(rank=4), "some/base")
+    load_adapter(tiny(num_hidden_layers=3), tmp_path)
 
-    def moved(parameter: Tensor) -> str:
-        before = parameter.clone()
-        parameter.data[0] += 0.5
-        found = fingerprint(model)
-        parameter.data.copy_(before)
-        return found
 
-    trunk = model.model
-    changed = [trunk.embed_tokens.weight, trunk.norm.weight, trunk.layers[1].get_parameter("input_layernorm.weight")]
-    assert len({base, *map(moved, changed)}) == 4
-    assert fingerprint(model) == base
+@pytest.mark.parametrize("lora", LAYOUTS)
+def test_an_adapter_on_an_outline(lora: LoRA, tmp_path: Path) -> None:
+    model = trained(lora)
+    save_adapter(model, tmp_path, lora, "some/base")
+    outline = tiny(num_hidden_layers=3).to("meta")
+    with pytest.raises(AdapterError, match="trained on another base"):
+        outline_adapter(outline, tmp_path, "another")
+    tensors = outline_adapter(outline, tmp_path, fingerprint(model))
+    assert {path: module.scale for path, module in adapted(outline).items()} == {
+        path: module.scale for path, module in adapted(model).items()
+    }
+    expected = {name: tensor for name, tensor in model.named_parameters() if name.endswith((".a", ".b"))}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_failed_save_leaves_the_last_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
+from typing import TextIO
 
 import pytest
 
@@ -148,3 +150,28 @@ def test_the_base_stands_beside_the_adapter() -> None:
 )
 def test_durations_are_said_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def broken_pipe() -> TextIO:
+    """The writing end of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w", encoding="utf-8")
+
+
+def test_a_run_goes_on_when_nobody_listens() -> None:
+    with broken_pipe() as stream:
+        progress = Progress(stream)
+        progress.start(2, 0)
+        for number in (1, 2):
+            progress.step(shown(number))
+        progress.close()
+        print("what others write later", file=stream, flush=True)
+
+
+def test_a_table_that_nobody_reads_is_left_to_the_command_line() -> None:
+    stream = broken_pipe()
+    with pytest.raises(BrokenPipeError):
+        before_after([("loss", "2.0", "1.5")], [], stream)
+    with pytest.raises(BrokenPipeError):  # its buffer is still full
+        stream.close()

@@ -208,6 +208,26 @@ def test_wrong_values_of_flags_are_told_together() -> None:
     )
 
 
+@section
+class Texts:
+    """Texts of a form."""
+
+    layers: Annotated[str, Field(pattern="^[0-9]+$")] | None = None
+    """Layers."""
+    data: Annotated[str, Field(min_length=1)] = "d"
+    """Data."""
+
+
+def test_a_flag_that_misses_its_pattern_names_it() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, {"texts": Texts})
+    with pytest.raises(ConfigError) as caught:
+        read_flags(parser.parse_args(["--layers", "abc", "--data", ""]), {"texts": Texts})
+    assert str(caught.value) == (
+        "--layers: found 'abc', expected text that matches ^[0-9]+$; --data: found '', expected text of at least one character"
+    )
+
+
 def test_what_only_the_section_refuses_names_the_flag_too() -> None:
     with pytest.raises(ConfigError, match="^--betas: found \\(nan, nan\\), expected a list of 2 numbers$"):
         from_flags("--betas", "nan,nan")

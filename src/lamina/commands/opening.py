@@ -49,7 +49,9 @@ def open_given(given: argparse.Namespace) -> Opened:
         ConfigError: the best adapter of what is no run.
     """
     if given.best and not (Path(given.run) / "job.toml").is_file():
-        raise ConfigError(f"--best: {given.run} is not the folder of a run, so it has no best adapter; leave --best out")
+        raise ConfigError(
+            f"--best: {given.run} is not the folder of a run, so it has no best adapter; leave --best out"
+        )
     return open_run(given.run, best=given.best, changes=model_changes(given))
 
 

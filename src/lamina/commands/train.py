@@ -18,7 +18,9 @@ from lamina.run import CHANGEABLE, Result, fine_tune, resume
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", nargs="?", metavar="JOB", help="a built-in job (see `lamina jobs`) or a job.toml")
-    parser.add_argument("--resume", metavar="RUN", type=named, help="go on with this run where its last saved state stands")
+    parser.add_argument(
+        "--resume", metavar="RUN", type=named, help="go on with this run where its last saved state stands"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object; the rest to stderr")
     settings.add_flags(parser, {"": jobfile.Head, **SECTIONS})
 
@@ -38,9 +40,10 @@ def _job(given: argparse.Namespace) -> Job:
             "found no job, expected a built-in one (`lamina train demo`), a job.toml (`lamina init` prints one), "
             "or both --model and --data"
         )
-    if {"train.steps", "train.epochs"} <= vars(given).keys() and vars(given)["train.steps"] != "none":
-        raise ConfigError("found both --steps and --epochs, expected one: steps decide alone where both are set")
     job = Job.of(jobfile.load(given.job, SECTIONS, given))
+    if "train.epochs" in vars(given) and job.train.steps is not None:
+        beside = "--steps" if "train.steps" in vars(given) else f"the job's steps = {job.train.steps}"
+        raise ConfigError(f"found --epochs beside {beside}, which decides alone; leave out one, or add --steps none")
     if given.job in jobs.names() and "data.data" not in vars(given):
         data = Path(job.data.data)  # a job's file that the user has to write; those it ships are named otherwise
         if data.suffix == ".jsonl" and not job.data.data.startswith(jobs.PREFIX) and not data.exists():

@@ -149,7 +149,7 @@ def _hub_rows(name: str, config: str | None, split: str, revision: str | None) -
 
     found = 0
     try:
-        with suppress(HfHubHTTPError):  # what the hub answers is told below; where none answers, datasets tries for 30 s
+        with suppress(HfHubHTTPError):  # answers are told below; where there is none, datasets would try for 30 s
             HfApi().dataset_info(name, revision=revision)
         rows: Any = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
         for found, value in enumerate(rows, 1):

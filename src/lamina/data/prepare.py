@@ -84,7 +84,10 @@ def prepare(
             f"{settings.data}: nothing to train on: none of {data.count['rows']:,} rows holds a token to learn within "
             f"{limit:,} tokens; see max_length, long and train_on"
         )
-    report = _report(settings, data, chat) | {"max_length": limit, "context": settings.max_length is None and limit == max_position}
+    report = _report(settings, data, chat) | {
+        "max_length": limit,
+        "context": settings.max_length is None and limit == max_position,
+    }
     if settings.eval_data is None:
         held = _choose(data.keys, settings.eval_fraction, seed)
         copies = held & np.isin(data.pieces, data.pieces[~held])

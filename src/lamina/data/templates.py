@@ -84,7 +84,7 @@ class ChatFormat:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             roles = ", ".join(message.role for message in messages[:6]) + (", …" if len(messages) > 6 else "")
             raise DataError(f"the template {self.name} refuses these messages ({roles}): {error}") from None
-        except (RecursionError, MemoryError):  # jinja's sandbox bounds range(), but neither macros nor products of texts
+        except (RecursionError, MemoryError):  # jinja's sandbox bounds range(), not macros or 'a' * 10**18
             raise DataError(
                 f"template {self.name}: calls itself without end, or writes more than the memory holds; "
                 "choose another with --template"

@@ -60,7 +60,7 @@ def _download(name: str, revision: str | None) -> Path:
             return folder
         message = (
             "published only as pickles, which can run code when read; choose a model published as safetensors, or convert "
-            "it once, where you trust it: python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as "
+            'it once, where you trust it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as '
             f"T; [c.from_pretrained('{name}').save_pretrained('converted') for c in (M, T)]\", then run with --model converted"
         )
     except GatedRepoError:

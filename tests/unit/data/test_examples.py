@@ -7,8 +7,8 @@ import pytest
 from conftest import shared_data
 from hub import Hub
 
-from lamina.data.examples import DataSettings, read_examples
-from lamina.errors import ConfigError, DataError
+from lamina.data.examples import read_examples
+from lamina.errors import DataError
 
 ROWS = [{"question": f"q{index}", "answer": f"a{index}"} for index in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -175,6 +175,9 @@ def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "data" / "train.jsonl", LINES)
     with pytest.raises(DataError, match=r"data/trian.jsonl: no such file; did you mean data/train.jsonl\?"):
         answers("data/trian.jsonl")
+    write(tmp_path / "data" / "w_noans.jsonl", LINES)  # the suffix alone is no likeness
+    with pytest.raises(DataError, match=r"snli-contradictions.jsonl: no such file; expected a file, a folder or a hub"):
+        answers("data/snli-contradictions.jsonl")
     with pytest.raises(DataError, match=r"data/x: no such file; expected a file, a folder or a hub dataset"):
         answers("data/x")
     with pytest.raises(DataError, match=r"other/a.csv: no such file; its folder other is not there either"):
@@ -204,13 +207,6 @@ def test_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"a.jsonl: cannot be read \(Permission denied\)"):
         answers(path)
-
-
-def test_settings_are_checked() -> None:
-    with pytest.raises(
-        ConfigError, match="eval_fraction: found 1.0, expected .*; long: found 'cut', expected one of drop"
-    ):
-        DataSettings(eval_fraction=1.0, long="cut")  # type: ignore[arg-type]
 
 
 READ = """
@@ -259,6 +255,14 @@ def test_hub_out_of_reach(hub: Hub, tmp_path: Path) -> None:
     done = hub.run(READ.format(cases=[("owner/set", "train", None)]), tmp_path / "home", online=False)
     expected = "owner/set: the hub cannot be reached (.*); name a local file as data, or run again online"
     assert re.fullmatch(expected, done.stdout.strip()), (done.stdout, done.stderr[-2000:])
+
+
+def test_hub_that_does_not_answer_is_told_at_once(hub: Hub, tmp_path: Path) -> None:
+    """Without the half minute of retries that ``datasets`` makes, each with a warning."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port: nobody answers
+    done = hub.run(READ.format(cases=[("owner/set", "train", None)]), tmp_path / "home", **nowhere)
+    assert done.stdout.startswith("owner/set: the hub cannot be reached ("), (done.stdout, done.stderr[-2000:])
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

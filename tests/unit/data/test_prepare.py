@@ -1,6 +1,8 @@
 import json
+import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lamina.data.examples import DataSettings
 from lamina.data.pack import pack
 from lamina.data.prepare import Prepared, prepare
 from lamina.data.report import DataReport
-from lamina.errors import DataError
+from lamina.errors import ConfigError, DataError, ModelError
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -167,6 +169,38 @@ def test_progress(tmp_path: Path) -> None:
     assert seen == [3, 6, 7]
 
 
+def test_no_row_is_longer_than_the_models_context(tmp_path: Path) -> None:
+    rows = [*questions(5), {"question": "what", "answer": "good " * 200}]
+    settings = DataSettings(data=write(tmp_path / "a.jsonl", rows), eval_fraction=0.0)
+    found = prepare(settings, tokens.pieces(), 0, max_position=64)
+    assert max(found.train.lengths) == found.report.max_length == 64
+    assert any(
+        line.startswith("longer than 64 tokens, the model's context: 1 row cut") for line in found.report.lines()
+    )
+    for context in (None, 4096):
+        found = prepare(settings, tokens.pieces(), 0, max_position=context)
+        assert found.report.max_length == 2048
+        assert "longer than 2,048 tokens: no row" in found.report.lines()
+    with pytest.raises(
+        ConfigError, match=r"^max_length: found 65, expected at most 64, the model's context \(max_posit"
+    ):
+        prepare(replace(settings, max_length=65), tokens.pieces(), 0, max_position=64)
+    assert prepare(replace(settings, max_length=64), tokens.pieces(), 0, max_position=64).report.max_length == 64
+
+
+def test_ids_that_the_model_does_not_know(tmp_path: Path) -> None:
+    tokenizer = tokens.pieces()
+    data = write(tmp_path / "a.jsonl", [{"text": "!"}, {"text": "the cat sat"}])
+    known = int(max(tokenizer("!</s>")["input_ids"])) + 1
+    first = next(number for number in tokenizer("the cat sat")["input_ids"] if number >= known)
+    token = tokenizer.convert_ids_to_tokens(first)
+    told = f"a.jsonl: row 2: the tokenizer gives {token!r} the id {first}, but the model knows {known} ids, from 0; use"
+    settings = DataSettings(data=data, eval_fraction=0.0)
+    with pytest.raises(ModelError, match=re.escape(told)):
+        prepare(settings, tokenizer, 0, vocabulary=known)
+    assert len(prepare(settings, tokenizer, 0, vocabulary=len(tokenizer)).train) == 2
+
+
 def test_report_in_sentences(tmp_path: Path) -> None:
     rows = [
         {"text": "<s>[INST] a [/INST] b </s>", "id": 1},
@@ -181,7 +215,7 @@ def test_report_in_sentences(tmp_path: Path) -> None:
         f"tokens: {found.report.tokens}, of which {found.report.targets} are learnt (answers and their end tokens); "
         f"a row has {found.report.lengths[0]} (median), {found.report.lengths[1]} (95th percentile), "
         f"{found.report.lengths[2]} (longest)",
-        "end token trained in 2 of 3 answers; 1 blank, not learnt",
+        "end token trained in 2 of 3 answers; 1 blank, not learnt; 1 will not teach the model to stop",
         "longer than 2,048 tokens: no row",
         "special tokens written inside messages: 1 row; the model reads them as such",
         "columns not used: id",
@@ -202,7 +236,10 @@ def test_report_of_text_and_of_much() -> None:
         nothing_to_learn=tuple(range(1, 31)),
     )
     said = "\n".join(report.lines())
-    assert "end token trained in 0 of 1 texts" in said and "are learnt (everything)" in said
+    assert (
+        "end token trained in 0 of 1 texts; the model will not learn to stop\n" in said
+        and "are learnt (everything)" in said
+    )
     assert "rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20 and 10 more" in said
     assert "chat template" not in said
 

@@ -132,3 +132,13 @@ def test_todays_date_is_not_written(tmp_path: Path) -> None:
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
     )
     assert chat_format(tokens.pieces(), str(path)).write(TALK) == "26 Jul 2024"
+
+
+@pytest.mark.parametrize(
+    "template", ["{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{{ 'a' * 10**18 }}"]
+)
+def test_a_template_without_end_is_refused(template: str) -> None:
+    with pytest.raises(
+        DataError, match="^template of the tokenizer: calls itself without end, or writes more than the"
+    ):
+        chat_format(tokens.pieces(template)).write(TALK)

@@ -6,9 +6,9 @@ import pytest
 from hub import Hub
 from tiny import write_tiny
 
-from lamina.errors import ModelError
+from lamina.errors import ConfigError, ModelError
 from lamina.model.locate import locate
-from lamina.model.weights import load_model
+from lamina.model.weights import ModelSettings, load_model
 
 LOCATE = """
 import sys
@@ -53,14 +53,19 @@ def test_local_folder_has_no_revision(model: Path) -> None:
         locate(model, "v1")
 
 
-@pytest.mark.parametrize("name", ["./absent", "/absent/model", "three/part/name", "model", "owner/..", ""])
+@pytest.mark.parametrize("name", ["./absent", "/absent/model", "three/part/name", "model", "owner/.."])
 def test_neither_folder_nor_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if name == "":  # the empty path is the working directory
-        assert locate(name) == Path()
-        return
     with pytest.raises(ModelError, match=r"no such folder, and not an id on the hub \(owner/name\); check --model"):
         locate(name)
+
+
+def test_nothing_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="model: nothing is named, expected a folder or an id on the hub"):
+        locate("")
+    with pytest.raises(ConfigError, match="^model: found '', expected text of at least one character$"):
+        ModelSettings(model="")
 
 
 def test_slip_in_a_folders_name(model: Path) -> None:
@@ -202,5 +207,18 @@ def test_model_published_only_as_pickle(hub: Hub, model: Path, tmp_path: Path) -
     (model / "pytorch_model.bin").write_bytes(b"x")
     hub.publish("owner/model", model)
     done = hub.run(find(), tmp_path / "home")
-    with pytest.raises(ModelError, match=r"no model.safetensors and no model.safetensors.index.json; choose a model"):
-        vocabulary(done)
+    assert "ModelError owner/model: published only as pickles, which can run code when read; choose a " in done.stderr
+    assert "from_pretrained('owner/model').save_pretrained('converted')" in done.stderr
+
+
+def test_model_published_without_weights(hub: Hub, model: Path, tmp_path: Path) -> None:
+    """What is missing is told by whoever reads it; offline nobody can ask what else the repository holds."""
+    for file in model.glob("model*"):
+        file.unlink()
+    hub.publish("owner/model", model)
+    for online in (True, False):
+        done = hub.run(find(), tmp_path / "home", online=online)
+        with pytest.raises(
+            ModelError, match=r"no model.safetensors and no model.safetensors.index.json; choose a model"
+        ):
+            vocabulary(done)

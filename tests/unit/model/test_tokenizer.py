@@ -123,3 +123,14 @@ def test_folder_is_never_run_as_code(folder: Path) -> None:
     write(folder / "tokenizer_config.json", config)
     assert load_tokenizer(folder)("ab")["input_ids"] == [4]
     assert not (folder / "ran").exists()
+
+
+def test_a_failure_without_a_message_is_named_by_its_class(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"the tokenizer cannot be loaded \(ValueError\)"):
+        load_tokenizer(folder)

@@ -1,0 +1,206 @@
+"""`merge` on whole run folders: what it proves, what it refuses before any work, and that it holds no model in memory."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import write_tiny
+from tokens import pieces
+from torch import nn
+
+from lamina import jobfile, merging
+from lamina.adapter import LoRA, attach
+from lamina.adapter_files import save_adapter
+from lamina.data.examples import DataSettings
+from lamina.errors import AdapterError, CheckpointError
+from lamina.job import Job, read_job
+from lamina.merging import COMPARED, MergeRecord, merge
+from lamina.model.decoder import Decoder
+from lamina.model.weights import ModelSettings, load_model
+from lamina.opened import open_run
+from lamina.ops.attention import Packed
+from lamina.understand.difference import Difference, compare
+
+ROWS = [("the cat", "sat on a mat"), ("Hello", "world!"), ("two and two?", "Four."), ("was it", "good; saw that")]
+
+
+def a_run(place: Path, std: float = 0.02, dtype: torch.dtype = torch.bfloat16, **size: Any) -> Path:
+    """A run folder as training leaves it: its job, and an adapter with numbers of deviation ``std`` in B."""
+    tokenizer = pieces()
+    base = write_tiny(place / "base", dtype, vocab_size=len(tokenizer), **size)
+    tokenizer.save_pretrained(base)
+    rows = [
+        {"messages": [{"role": "user", "content": f"{question} {n}"}, {"role": "assistant", "content": answer}]}
+        for n in range(30)
+        for question, answer in ROWS
+    ]
+    (place / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    job = Job(
+        ModelSettings(model=str(base), device="cpu", dtype="bf16" if dtype == torch.bfloat16 else "fp32"),
+        DataSettings(data=str(place / "train.jsonl"), eval_fraction=0.5),
+        LoRA(rank=4),
+    )
+    run = place / "run"
+    run.mkdir()
+    (run / "job.toml").write_text(jobfile.dump(job.sections()), encoding="utf-8")
+    model = load_model(base, dtype, "cpu")
+    torch.manual_seed(0)
+    for module in attach(model, job.adapter).values():
+        nn.init.normal_(module.b, std=std)
+    save_adapter(model, run / "adapter", job.adapter, str(base))
+    return run
+
+
+def proof(record: MergeRecord) -> Difference:
+    assert record.difference is not None
+    return record.difference
+
+
+def test_the_difference_is_that_of_the_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows through whole models in memory: every number is the same, bit for bit."""
+    run, seen = a_run(tmp_path), []
+    streamed = merging.streamed_logits
+
+    def noted(outline: Decoder, fill: Any, batches: Any, rows: Any, device: Any) -> list[torch.Tensor]:
+        seen.append((batches, rows))
+        return streamed(outline, fill, batches, rows, device)
+
+    monkeypatch.setattr(merging, "streamed_logits", noted)
+    record = merge(run, tmp_path / "out")
+    batches, rows = seen[0]
+    assert COMPARED / 2 < sum(map(len, rows)) <= COMPARED
+
+    def logits(model: Decoder) -> torch.Tensor:
+        with torch.no_grad():
+            states = [model(batch.tokens, batch.position, Packed(batch.lengths)) for batch in batches]
+            return torch.cat([(x[chosen] @ model.vocabulary.T).float() for x, chosen in zip(states, rows, strict=True)])
+
+    targets = torch.cat([batch.targets[chosen] for batch, chosen in zip(batches, rows, strict=True)])
+    whole = compare(logits(open_run(run).model), logits(load_model(tmp_path / "out", "bf16", "cpu")), targets)
+    assert record.difference == whole
+    assert 0 < whole.kl < 1e-3
+    written = json.loads((tmp_path / "out" / "lamina_merge.json").read_text())
+    assert written == json.loads(json.dumps(record.as_json()))
+    assert written["difference"]["same"] == whole.same
+    assert written["not_compared"] is None
+    assert len(written["matrices"]) == 14
+
+
+def test_an_update_that_rounding_took_away_is_told(tmp_path: Path) -> None:
+    """An update far below the rounding step of bf16: the merged model is the base, and KL is that of the adapter."""
+    run = a_run(tmp_path, std=1e-6)
+    record = merge(run, tmp_path / "out", changes={"dtype": "fp32"})
+    assert record.survived < 0.05
+    assert proof(record).same, "so weak an adapter does next to nothing"
+
+    strong = a_run(tmp_path / "strong", std=0.5)
+
+    add = merging._add
+
+    def unchanged(*given: Any) -> Any:
+        def update(name: str, stored: torch.Tensor) -> torch.Tensor:
+            add(*given)(name, stored.clone())
+            return stored
+
+        return update
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "_add", unchanged)
+        record = merge(strong, tmp_path / "other")
+    assert not proof(record).same
+    assert any("does NOT answer as the adapter does" in line for line in proof(record).lines())
+
+
+def test_data_that_is_gone_does_not_keep_from_merging(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    compared = merge(run, tmp_path / "with")
+    assert compared.difference is not None
+    (tmp_path / "train.jsonl").unlink()
+    record = merge(run, tmp_path / "without")
+    assert record.difference is None
+    assert record.matrices == compared.matrices
+    assert record.lines()[-1].startswith(f"not compared: {tmp_path / 'train.jsonl'}: ")
+    written = json.loads((tmp_path / "without" / "lamina_merge.json").read_text())
+    assert written["difference"] is None
+    assert written["not_compared"] == record.not_compared
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_that_held_out_nothing(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    text = (run / "job.toml").read_text()
+    assert "eval_fraction = 0.5" in text
+    (run / "job.toml").write_text(text.replace("eval_fraction = 0.5", "eval_fraction = 0.0"))
+    assert merge(run, tmp_path / "out").lines()[-1] == "not compared: the run held out no rows"
+
+
+def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+
+    def work(*_: Any) -> Any:
+        raise AssertionError("work before the place was checked")
+
+    monkeypatch.setattr("lamina.merging.outline", work)
+    monkeypatch.setattr("lamina.merging.held_out_of", work)
+    with pytest.raises(CheckpointError, match="out: exists and is not an empty folder; name another place as --out"):
+        merge(run, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="lies in the base's own folder, expected another place as --out"):
+        merge(run, tmp_path / "base" / "merged")
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    merge(run, tmp_path / "merged")
+    job = read_job(run)
+    job = replace(job, model=replace(job.model, model=str(tmp_path / "merged")))
+    (run / "job.toml").write_text(jobfile.dump(job.sections()), encoding="utf-8")
+    with pytest.raises(AdapterError, match="trained on another base .* load the base it was trained on"):
+        merge(run, tmp_path / "twice")
+    with pytest.raises(AdapterError, match="trained on another base"):
+        open_run(run)
+    assert not (tmp_path / "twice").exists()
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from lamina.merging import merge
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+large, small = map(Path, sys.argv[1:])
+merge(small, small.parent / "out")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+before = status("VmRSS")
+record = merge(large, large.parent / "out")
+print(status("VmHWM") - before, record.difference.tokens)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="measures the peak through Linux's /proc")
+def test_the_peak_is_a_layer_not_a_model(tmp_path: Path) -> None:
+    size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
+    size |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    for name, numbers in (("large", size), ("small", {})):
+        (tmp_path / name).mkdir()
+        a_run(tmp_path / name, **numbers)
+    model = (tmp_path / "large" / "base" / "model.safetensors").stat().st_size
+    assert model > 200e6
+    arguments = [sys.executable, "-c", MEASURE, str(tmp_path / "large" / "run"), str(tmp_path / "small" / "run")]
+    peak, tokens = map(int, subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split())
+    assert tokens > 100
+    # A layer takes 26 MB. As much again is allowed for what the GEMMs repack and what the allocator keeps of blocks that were
+    # freed (it returns only those above 32 MB, as they are in large models), and 20 MB for the adapter (4 MB), the states of
+    # some hundred tokens (10 MB) and 2**20 numbers of a matrix in fp32 when they are added.
+    layer = 2 * (4 * 1024 * 1024 + 3 * 1024 * 2816)
+    assert peak < 2 * layer + 20e6 < model / 2
