@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lamina.adapter_files import load_adapter
 from lamina.data.prepare import Prepared
 from lamina.data.render import end_tokens
-from lamina.errors import CheckpointError
+from lamina.errors import AdapterError, CheckpointError
 from lamina.evaluation import read_neutral
 from lamina.job import Job, base_folder, prepare_data, read_job, shipped_path
 from lamina.model.checkpoint import stored_tensors
@@ -17,6 +17,9 @@ from lamina.model.tokenizer import load_tokenizer, stop_tokens
 from lamina.model.weights import ModelSettings, load_model
 from lamina.training.resume import check_origin, has_state, read_header
 from lamina.understand.card import Card, both
+from lamina.understand.difference import difference_on_load
+
+_PROBE = 16  # tokens on which a loaded adapter must make a difference: any will do
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ def open_run(name: str | Path, best: bool = False, changes: Mapping[str, Any] | 
 
     Raises:
         CheckpointError: a run that has not saved such an adapter.
-        ModelError, AdapterError: the model or the adapter cannot be loaded, or do not belong together.
+        ModelError, AdapterError: the model or the adapter cannot be loaded, do not belong together, or the adapter
+            changes nothing.
     """
     folder, changes = Path(name), dict(changes or {})
     if not (folder / "job.toml").is_file():
@@ -61,6 +65,8 @@ def open_run(name: str | Path, best: bool = False, changes: Mapping[str, Any] | 
     adapter = adapter_folder(folder, best)
     opened = Opened(str(name), *_load(job.model, job.data.template), job, folder)
     load_adapter(opened.model, adapter)
+    if difference_on_load(opened.model, range(min(_PROBE, opened.model.architecture.vocabulary))) == 0.0:
+        raise AdapterError(f"{adapter}: changes no logit of the base; train it anew, or open the base by itself")
     return opened
 
 

@@ -145,7 +145,7 @@ class _Run:
     ) -> None:
         self.job, self.folder, self.model, self.data, self.state, self.show = job, folder, model, data, state, show
         shipped = job.model.model.startswith(jobs.PREFIX)
-        self.base_name = str(base) if shipped else job.model.model  # PEFT knows nothing of what is shipped with Lamina
+        self.base_name = str(base.resolve()) if shipped else job.model.model  # PEFT knows nothing of what Lamina ships
         self.progress = Progress()
         self.steps = job.train.total_steps(len(data.train))
         self.every = job.watch.eval_every or max(1, -(-self.steps // 5))

@@ -13,7 +13,7 @@ from tokens import pieces
 from lamina import cli
 from lamina.adapter import LoRA
 from lamina.data.examples import DataSettings
-from lamina.errors import CheckpointError, ConfigError, TrainingError
+from lamina.errors import AdapterError, CheckpointError, ConfigError, TrainingError
 from lamina.evaluation import Evaluating
 from lamina.job import Job, Watching
 from lamina.jobfile import Head
@@ -153,3 +153,11 @@ def test_the_end_of_the_memory_is_told_in_one_line() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="mat1 and mat2"), memory_told():
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_an_adapter_without_effect_is_refused(place: Path, tmp_path: Path) -> None:
+    """B is not zero, but so small that no logit moves."""
+    run = tmp_path / "run"
+    fine_tune(job(place, run, train=Training(steps=1, batch_size=3, learning_rate=1e-30, warmup=0.0)))
+    with pytest.raises(AdapterError, match="adapter: changes no logit of the base; train it anew"):
+        open_run(run)

@@ -1,6 +1,6 @@
 """Writes the base of a run with its adapter added to the weights: a plain model, which needs neither Lamina nor PEFT.
 
-What it wrote is loaded again and compared with base and adapter on held-out rows."""
+What it wrote is read again, layer by layer, and compared with base and adapter on held-out rows."""
 
 import argparse
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The card reads its rows from disk one after another, and measures nothing where there are none."""
 
-import gc
+import weakref
 
 from models import examples, tiny
 
@@ -22,20 +22,21 @@ def test_rows_on_disk_are_measured_like_rows_in_memory(monkeypatch) -> None:
 
     monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", 5)
     rows, most, read = examples(40), 0, TokenStore.__getitem__
+    alive: list[weakref.ref[Rendered]] = []
 
     def counted(store: TokenStore, index: int) -> Rendered:
         nonlocal most
         row = read(store, index)
-        most = max(most, sum(isinstance(thing, Rendered) for thing in gc.get_objects()))
+        alive.append(weakref.ref(row))
+        most = max(most, sum(one() is not None for one in alive))
         return row
 
     model, settings = tiny(), Evaluating(eval_samples=0)
     expected = measure(model, None, set(), rows, [], settings, 64)
     store = stored(rows)
-    del rows
     monkeypatch.setattr(TokenStore, "__getitem__", counted)
     assert measure(model, None, set(), store, [], settings, 64) == expected
-    assert most <= 10, "five rows are packed while the next are read; never all forty"
+    assert 5 <= most <= 11, "five rows are packed while the next are read; never all forty"
 
 
 def test_no_rows() -> None:
