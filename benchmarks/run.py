@@ -242,6 +242,8 @@ def compare(options: argparse.Namespace) -> None:
     """Runs gates and rounds, prints the table, appends the rows."""
     extent = SMOKE if options.tiny else QUICK if options.quick else FULL
     names = options.only.split(",") if options.only else [arm.name for arm in ARMS]
+    if REFERENCE not in names and not options.no_gates:
+        sys.exit(f"--only {options.only}: the gates compare with {REFERENCE}; name it too, or give --no-gates")
     short = options.quick and not options.only
     arms = [arm for arm in ARMS if arm.name in names and not (arm.extra and short)]
     files = workload.prepare(BUILD / "bench", workload.TINY if options.tiny else workload.Shape())
