@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -46,3 +47,23 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with fp32 moments; the rate is set before every step."""
     return torch.optim.AdamW(list(parameters), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def relative_update(steps: int, rate: float, schedule: Schedule, warmup: float, shape: "Shape") -> float:
+    """Estimates ‖ΔW‖/‖W‖ that a run can reach at most: AdamW moves an entry of B by about the rate in a step.
+
+    ΔW = s·B·A with |B| ≤ Σ rates and A uniform in ±1/√D, so an entry of ΔW is about s·Σ rates·√(R/3D). Where that is under
+    2⁻⁹ of a weight, half a unit of bf16's rounding, merging into bf16 loses most of it.
+    """
+    moved = rate * sum(rate_factor(step, steps, schedule, warmup) for step in range(steps))
+    return shape.scale * moved * math.sqrt(shape.rank / (3 * shape.inputs)) / shape.weight
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of an adapted matrix decides how large its update can get; ``weight`` is the root mean square of W."""
+
+    scale: float
+    rank: int
+    inputs: int
+    weight: float

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.training.optimizer import Schedule, adamw, rate_factor, rule_of_thumb
+from lamina.training.optimizer import Schedule, Shape, adamw, rate_factor, relative_update, rule_of_thumb
 
 SCHEDULES: list[Schedule] = ["constant", "linear", "cosine"]
 
@@ -64,3 +64,10 @@ def test_decay_is_decoupled_and_moments_are_fp32() -> None:
     # Adam's first step is the sign of the gradient, times the rate; the decay takes rate · 0.1 of the old value.
     assert parameter.item() == pytest.approx(2.0 - 0.5 * 0.1 * 2.0 - 0.5, rel=1e-6)
     assert {tensor.dtype for tensor in optimizer.state[parameter].values()} == {torch.float32}
+
+
+def test_the_update_that_a_merge_would_swallow() -> None:
+    """The reference jobs at Llama-2-7B's width, where a weight is about 0.02: A learns enough, C about 1e-3 of the weights."""
+    seven_b = Shape(scale=16 / 64, rank=64, inputs=4096, weight=0.02)
+    assert relative_update(250, 2e-4, "cosine", 0.03, seven_b) > 2**-9
+    assert relative_update(250, 1e-5, "cosine", 0.03, seven_b) == pytest.approx(1e-3, rel=0.2)
