@@ -161,3 +161,26 @@ def test_an_adapter_without_effect_is_refused(place: Path, tmp_path: Path) -> No
     fine_tune(job(place, run, train=Training(steps=1, batch_size=3, learning_rate=1e-30, warmup=0.0)))
     with pytest.raises(AdapterError, match="adapter: changes no logit of the base; train it anew"):
         open_run(run)
+
+
+@pytest.mark.parametrize(("rate", "warned"), [("1e-6", True), ("1e-2", False)])
+def test_an_update_too_small_for_bf16_is_told_before_the_run(
+    rate: str, warned: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--rank",
+        "2",
+        "--steps",
+        "4",
+        "--eval-samples",
+        "0",
+        "--learning-rate",
+        rate,
+    ]
+    files = ["--model", str(place / "base"), "--data", str(place / "rows.jsonl"), "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *files, *settings]) == 0
+    assert ("merged into bf16, most of the update will vanish" in capsys.readouterr().out) == warned
