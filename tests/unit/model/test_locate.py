@@ -179,11 +179,15 @@ def test_cut_run_keeps_complete_files(hub: Hub, model: Path, tmp_path: Path) -> 
     assert "ModelError owner/model: the hub answered 418; run again later: complete files are kept" in done.stderr
     offline = hub.run(find(), home, online=False)
     assert "ModelError owner/model: HF_HUB_OFFLINE is set and the model is only partly in the cache" in offline.stderr
+    kept = {
+        path.name for path in home.rglob("snapshots/*/*")
+    }  # downloads run side by side: others may have been under way
     hub.failing.clear()
     hub.requests.clear()
     again = hub.run(find(), home)
     assert vocabulary(again) == 64
-    assert [request.split("/")[-1] for request in hub.requests if request.startswith("GET /owner")] == [shard]
+    asked = [request.split("/")[-1] for request in hub.requests if request.startswith("GET /owner")]
+    assert shard in asked and kept and kept.isdisjoint(asked)
 
 
 def test_connection_that_is_reset(hub: Hub, model: Path, tmp_path: Path) -> None:
