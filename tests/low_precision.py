@@ -31,7 +31,7 @@ def made(form: type[Form], weight: Tensor, dtype: torch.dtype = torch.float32) -
     """A form on its way from the ``meta`` device to holding ``weight``."""
     with torch.device("meta"):
         empty = form(*weight.shape, dtype, scratch=Poisoned())
-    filled = empty.to_empty(device="cpu")
+    filled = empty.to_empty(device=weight.device)
     filled.store(weight)
     return filled
 

@@ -25,11 +25,11 @@ def numbers(rows: int, columns: int, seed: int, spread: int) -> Tensor:
 @fast
 @given(outputs=sides, inputs=sides, seed=seeds, spread=st.integers(0, 20))
 def test_int8_is_off_by_half_a_step_at_most(outputs: int, inputs: int, seed: int, spread: int) -> None:
-    """3: 127/max and its product with w before the rounding, max/127 after it; each on a number of up to 127 steps."""
+    """4 roundings in fp32, of 1/max, of that times 127, times w, and of max/127; each of a number of up to 127 steps."""
     weight = numbers(outputs, inputs, seed, spread)
     form = made(Int8, weight)
     step = form.scale[:, None].double()
-    assert ((weight - step * form.codes).abs() <= step * (0.5 + 127 * 3 * FP32)).all()
+    assert ((weight - step * form.codes).abs() <= step * (0.5 + 127 * 4 * FP32)).all()
     assert form.codes.min() >= -127
     assert not form.codes[weight == 0].any()
 
@@ -37,11 +37,11 @@ def test_int8_is_off_by_half_a_step_at_most(outputs: int, inputs: int, seed: int
 @fast
 @given(outputs=sides, inputs=sides, seed=seeds, spread=st.integers(0, 20))
 def test_fp8_is_off_by_a_sixteenth_or_half_a_subnormal_step(outputs: int, inputs: int, seed: int, spread: int) -> None:
-    """2⁻¹⁸: three fp32 roundings, 3·2⁻²⁴ of a number, beside a bound that is at least 2⁻⁴ of it."""
+    """2⁻¹⁷: the same four roundings, less than 5·2⁻²⁴ of a number, beside a bound that is at least 2⁻⁴ of it."""
     weight = numbers(outputs, inputs, seed, spread)
     form = made(Fp8, weight)
     step = form.scale[:, None].double()
-    bound = (weight.abs().double() * 2**-4).maximum(step * 2**-10) * (1 + 2**-18)
+    bound = (weight.abs().double() * 2**-4).maximum(step * 2**-10) * (1 + 2**-17)
     assert ((weight - step * form.codes.double()).abs() <= bound).all()
     assert form.codes.float().isfinite().all()
 

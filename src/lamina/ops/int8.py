@@ -12,8 +12,8 @@ multiplication per element, and one stored weight serves both directions; the us
 with scales per input channel. The sums are exact in int32. Every scale, the bias, and the products with them are fp32,
 rounded once to the dtype of x.
 
-Rejected: slices of rows that stay in cache (many small operators cost more than the traffic they save), and
-``torch.aminmax`` and ``vector_norm`` (along a row, both are over five times slower than ``amax`` beside ``amin``).
+Rejected: slices of rows that stay in cache (what they save in traffic goes into smaller GEMMs and more operators), and
+``torch.aminmax`` and ``vector_norm`` for the largest number of a row (several times slower than ``amax`` beside ``amin``).
 """
 
 from collections.abc import Callable
