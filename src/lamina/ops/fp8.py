@@ -130,15 +130,19 @@ def native_product(
 ) -> Float[Tensor, "N out"]:
     """``scaled_product`` by torch's GEMM, in bf16, the one type that row-wise scales give everywhere.
 
-    Rows are padded to a multiple of 16. Sums are kept in fp32 (no fast accumulation), so that the emulation is what runs.
+    Sums are kept in fp32 (no fast accumulation), so that the emulation is what runs.
     """
-    rows = len(a)
-    pad = (0, 0, 0, -rows % 16)
-    a = F.pad(a.view(torch.uint8), pad).view(E4M3)
+    tiles = whole_tiles(a.view(torch.uint8)).view(E4M3)
     bias = None if bias is None else bias.to(torch.bfloat16)
-    return torch._scaled_mm(
-        a, b, F.pad(a_scale, pad), b_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=False
-    )[:rows]
+    out = torch._scaled_mm(
+        tiles, b, whole_tiles(a_scale), b_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=False
+    )
+    return out[: len(a)]
+
+
+def whole_tiles(x: Tensor) -> Tensor:
+    """x with rows of zeros below, up to a multiple of 16."""
+    return F.pad(x, (0, 0, 0, -len(x) % 16))
 
 
 def emulated_product(

@@ -8,7 +8,16 @@ from low_precision import FP32, UNIT, emulated, fp8_rows, made
 from models import error
 from torch import Tensor
 
-from lamina.ops.fp8 import E4M3, Fp8, emulated_product, fp8_bytes, native_product, quantise_rows, scaled_product
+from lamina.ops.fp8 import (
+    E4M3,
+    Fp8,
+    emulated_product,
+    fp8_bytes,
+    native_product,
+    quantise_rows,
+    scaled_product,
+    whole_tiles,
+)
 from lamina.ops.int8 import ROWS
 
 SHAPES = [(1, 8, 8), (1, 1, 1), (5, 7, 3), (33, 65, 17), (64, 128, 96)]  # rows, inputs, outputs
@@ -162,6 +171,10 @@ def test_torchs_gemm_gives_what_the_emulation_gives(rows: int, with_bias: bool) 
     assert_close(native_product(*given), expected, 64)
     assert_close(emulated_product(*given, torch.bfloat16), expected, 64)
     assert torch.equal(scaled_product(*given, torch.bfloat16), emulated_product(*given, torch.bfloat16))
+
+
+def test_rows_are_padded_to_whole_tiles() -> None:
+    assert [len(whole_tiles(torch.ones(rows, 2))) for rows in (1, 15, 16, 17, 32)] == [16, 16, 16, 32, 32]
 
 
 def test_every_code_is_a_number_that_fp32_multiplies_exactly() -> None:

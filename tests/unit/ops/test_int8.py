@@ -21,6 +21,7 @@ from lamina.ops.int8 import (
     int8_bytes,
     integer_product,
     plain_product,
+    quantise_rows,
 )
 
 SHAPES = [(1, 8, 8), (1, 1, 1), (5, 7, 3), (33, 65, 17), (64, 128, 96)]  # rows, inputs, outputs
@@ -111,6 +112,15 @@ def test_tiny_and_huge_rows_do_not_wrap(size: float, dtype: torch.dtype) -> None
         assert error(out, truth) < 0.02
     else:
         assert not out.any()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-37, 1e-30, 1.0, 1e38])
+def test_only_finite_numbers_become_integers(size: float) -> None:
+    """What NaN and infinity become in a cast to int8 is up to the device."""
+    x, wide, codes = torch.tensor([[size, -size, 0.0]]), torch.empty(1, 3), torch.empty(1, 3, dtype=torch.int8)
+    scale = quantise_rows(x, None, wide, codes)
+    assert wide.isfinite().all() and (wide == codes).all()
+    assert scale.item() >= 1e-30 / 128
 
 
 @BOTH
