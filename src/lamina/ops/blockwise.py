@@ -5,8 +5,8 @@ place of (number / absmax) among the 16 values of a code: NF4, the quantiles of 
 quantisation stores the absmax themselves, less their mean, in 8 bit: 4.5 bits a weight become 4.127.
 
 These functions are the reference for bitsandbytes' kernels, the way on devices that have none, and on a CPU also the
-faster way to quantise: bitsandbytes searches each number's place (``torch.bucketize``, 18 ns a number on one core), which
-``nearest`` looks up in a table of 2,049 cells, at 2 ns and with the same result, because the table only proposes and the
+faster way to quantise: bitsandbytes searches each number's place (``torch.bucketize``, 20 ns a number on one core), which
+``nearest`` looks up in a table of 2,049 cells, at 3 ns and with the same result, because the table only proposes and the
 exact bound decides. Bits are those of bitsandbytes 0.50 on a CPU: bytes, absmax, and what comes out in fp32, bf16, fp16.
 
 Where its CUDA kernels may differ: NF4's bounds are these very midpoints, but the kernels are compiled with fast math, so

@@ -1,14 +1,14 @@
 """A frozen weight in 4 bit, NF4 or FP4, with its absmax in fp32 or, doubly quantised, in 8 bit (arXiv:2305.14314).
 
 A product dequantises the whole weight into memory that all forms of a model share, and multiplies by that. This costs
-2 bytes a weight once and about 0.1 ns a weight and core, against a multiplication by all tokens of a batch. Rejected:
+2 bytes a weight once and about 0.2 ns a weight and core, against a multiplication by all tokens of a batch. Rejected:
 products in 4 bit (bitsandbytes' ``gemm_4bit``), which win for a handful of tokens only, and whose backward pass
 dequantises all the same; and a fresh tensor each time, whose page faults cost a CPU several times the kernel.
 
 bitsandbytes' kernels dequantise where its library loads (CPU, CUDA), ``lamina.ops.blockwise`` everywhere else. On a CPU
-the kernel is called by its symbol, because the op has no ``out``, and with the blocks as its rows, because the op, given
-rows that are no multiple of 64 long (but of 16), reads the wrong absmax on AVX-512 (0.50.2). Quantising on a CPU is ours:
-the same bytes about eight times as fast.
+the kernel is called by its symbol, because the op has no ``out``, and with rows of whole blocks only, because the op,
+given rows that are a multiple of 16 long but not of 64, reads the wrong absmax on AVX-512 (0.50.2). Quantising on a CPU
+is ours: the same bytes at four to eight times the speed.
 """
 
 import ctypes
@@ -134,7 +134,7 @@ class FourBit(nn.Module):
         else:
             out = self.scratch(count, self.dtype, device)
             if device.type == "cpu":
-                _dequantise_on_cpu(library, self.packed, absmax, self.kind, out)
+                _dequantise_on_cpu(library, self.packed, absmax, self.kind, out.view(self.outputs, self.inputs))
             else:
                 given = (self.packed, absmax, BLOCK, self.kind, [count], self.dtype)
                 torch.ops.bitsandbytes.dequantize_4bit.out(*given, out=out)
@@ -278,14 +278,16 @@ def _quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dequantise_on_cpu(library: Any, packed: Tensor, absmax: Tensor, kind: Kind, out: Tensor) -> None:
-    """Dequantises into ``out`` by the kernel behind ``torch.ops.bitsandbytes.dequantize_4bit``.
+    """Dequantises into ``out`` [out, in] by the kernel behind ``torch.ops.bitsandbytes.dequantize_4bit``.
 
-    The whole blocks are the rows of one call, a shorter last block is the row of another.
+    Where the rows are not of whole blocks, the blocks stand in for them, and a shorter last one is the row of a second
+    call. Where bf16 would be subnormal, AVX-512 gives zero.
     """
     kernel = library[f"cdequantize_blockwise_cpu_{kind}_{_NAMES[out.dtype]}"]
-    whole, rest = divmod(out.numel(), BLOCK)
-    for first, rows, columns in ((0, whole, BLOCK), (whole, 1, rest)):
+    width = out.shape[1] if out.shape[1] % BLOCK == 0 else BLOCK
+    whole, rest = divmod(out.numel(), width)
+    for start, rows, columns in ((0, whole, width), (whole * width, 1, rest)):
         if rows and columns:
-            places = (packed[first * BLOCK // 2 :], absmax[first:], out[first * BLOCK :])
+            places = (packed[start // 2 :], absmax[start // BLOCK :], out.view(-1)[start:])
             pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in places]
             kernel(*pointers, *map(ctypes.c_longlong, (BLOCK, rows, columns)))
