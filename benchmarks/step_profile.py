@@ -129,7 +129,7 @@ def main(files: workload.Files) -> None:
     where(steps)
     began = time.perf_counter()
     for first in range(0, BATCH * STEPS, BATCH):
-        pack(rows.rows[first : first + BATCH], training.micro_batch_tokens)
+        pack(rows.rows[first : first + BATCH], training.portion)
     print(f"  packing, measured by itself: {(time.perf_counter() - began) / STEPS * 1e3:.2f} ms a step")
 
 

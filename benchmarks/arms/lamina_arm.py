@@ -34,7 +34,8 @@ def rendered(row: dict[str, list[int]], number: int) -> Rendered:
 
 def prepared(job: Job) -> tuple:
     """The model with its adapter, the rows, the settings."""
-    model = load_model(job.model, job.dtype, "cpu")
+    settings = dict(job.settings)
+    model = load_model(job.model, job.dtype, "cpu", base=settings.pop("base", None))
     load_adapter(model, job.adapter)
     rows = InOrder(job.examples(), seed=0)
     training = Training(
@@ -44,7 +45,7 @@ def prepared(job: Job) -> tuple:
         schedule="constant",
         warmup=0.0,
         clip=job.clip,
-        **job.settings,
+        **settings,
     )
     return model, rows, training
 

@@ -1,6 +1,7 @@
 """A plain loop with transformers and PEFT, as a careful person would write it: padding to the longest row of the step."""
 
 import contextlib
+from importlib.metadata import version
 
 import peft
 import torch
@@ -10,10 +11,23 @@ from torch import Tensor
 
 
 def load(job: Job) -> peft.PeftModel:
-    """The base with the adapter that all arms begin with; settings["adapter"] is the precision of A and B."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype, attn_implementation="sdpa")
+    """The base with the adapter that all arms begin with; settings["adapter"] is the precision of A and B, settings["base"] the
+    form in which bitsandbytes keeps the base's linears."""
+    how = {"dtype": job.dtype, "attn_implementation": "sdpa"}
+    if base := job.settings.get("base"):
+        how |= {"quantization_config": quantised(base, job.dtype), "device_map": "cpu"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, **how)
     wide = job.settings.get("adapter", "fp32") == "fp32"
     return peft.PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=wide)
+
+
+def quantised(base: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """bitsandbytes' settings for QLoRA, or for its eight bits."""
+    if base == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=base, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def pad(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -49,7 +63,12 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         record.end(loss.item(), int(batch["attention_mask"].sum()), int((batch["labels"][:, 1:] != IGNORED).sum()))
-    record.write(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__)
+    record.write(
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        peft=peft.__version__,
+        **({"bitsandbytes": version("bitsandbytes")} if job.settings.get("base") else {}),
+    )
 
 
 if __name__ == "__main__":

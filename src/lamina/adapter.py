@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lamina.errors import AdapterError, ConfigError
 from lamina.model.decoder import Decoder
+from lamina.model.quantised import Linear, device_of, form_of, linears_of, replace
 from lamina.ops.lora import adapted_linear
 from lamina.section import section
 
@@ -78,19 +79,21 @@ class AdaptedLinear(nn.Module):
         strength: factor on the update, 1 as trained; 0 is exactly the base.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, base: Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         self.base, self.scale, self.dropout, self.strength = base, scale, dropout, 1.0
-        device = base.weight.device
+        device = device_of(base)
         self.a = nn.Parameter(torch.zeros(rank, base.in_features, dtype=torch.float32, device=device))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
         self.train(base.training)  # on a model in evaluation mode there is no dropout
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out]
         if self.strength == 0.0:
-            return F.linear(x, self.base.weight, self.base.bias)
+            out: Tensor = self.base(x)
+            return out
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        return adapted_linear(x, dropped, self.base.weight, self.base.bias, self.a, self.b, self.scale * self.strength)
+        scale = self.scale * self.strength
+        return adapted_linear(x, dropped, form_of(self.base), self.base.bias, self.a, self.b, scale)
 
 
 def attach(model: Decoder, lora: LoRA, seed: int = 0) -> dict[str, AdaptedLinear]:
@@ -117,14 +120,14 @@ def attach(model: Decoder, lora: LoRA, seed: int = 0) -> dict[str, AdaptedLinear
         drawn = torch.empty(modules[path].a.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             modules[path].a.copy_(drawn)
-        _replace(model, path, modules[path])
+        replace(model, path, modules[path])
     return modules
 
 
 def detach(model: Decoder) -> None:
     """Takes the adapter off again: the model is the untouched base."""
     for path, module in adapted(model).items():
-        _replace(model, path, module.base)
+        replace(model, path, module.base)
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -144,12 +147,6 @@ def adapter_scale(model: nn.Module, strength: float) -> Iterator[None]:
     finally:
         for module, strength_before in zip(modules, before, strict=True):
             module.strength = strength_before
-
-
-def linears_of(model: Decoder) -> dict[str, nn.Linear]:
-    """The linears of the layers by their path; the head is none of them."""
-    named = model.model.named_modules(prefix="model")
-    return {path: module for path, module in named if isinstance(module, nn.Linear)}
 
 
 def choose(model: Decoder, lora: LoRA) -> list[str]:
@@ -179,7 +176,7 @@ def choose(model: Decoder, lora: LoRA) -> list[str]:
     chosen = [
         path for path in in_layer if any(target == ALL_LINEAR or matches(target, path) for target in lora.targets)
     ]
-    sides = {path: min(linears[path].weight.shape) for path in chosen}
+    sides = {path: min(linears[path].out_features, linears[path].in_features) for path in chosen}
     if too_wide := [path for path in chosen if lora.rank_of(path) > sides[path]]:
         least = min(too_wide, key=lambda path: sides[path])
         problems.append(
@@ -225,8 +222,3 @@ def _seed(seed: int, path: str) -> int:
     import hashlib
 
     return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 1
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -15,12 +15,13 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lamina.adapter import ALL_LINEAR, AdaptedLinear, LoRA, adapted, attach, detach, layers_of, matches
 from lamina.errors import AdapterError, CheckpointError, ConfigError
 from lamina.model.decoder import Decoder
 from lamina.model.fingerprint import fingerprint
+from lamina.model.quantised import Linear
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -229,7 +230,7 @@ def _targets(found: Any) -> Any:
 
 def _for(model: Decoder, lora: LoRA) -> LoRA:
     """The settings without the names that fit nothing in this model; people list those of several architectures."""
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    paths = [path for path, module in model.named_modules() if isinstance(module, Linear)]
 
     def present(pattern: str) -> bool:
         try:

@@ -108,7 +108,7 @@ def check(job: Job, base: Path) -> None:
     architecture = read_config(base)
     with torch.device("meta"):
         choose(Decoder(architecture), job.adapter)
-    if job.train.checkpoint_layers > architecture.layers:
+    if (job.train.checkpoint_layers or 0) > architecture.layers:
         raise ConfigError(
             f"train.checkpoint_layers: found {job.train.checkpoint_layers}, expected at most {architecture.layers}, "
             f"the layers of the model"

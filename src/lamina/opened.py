@@ -14,7 +14,7 @@ from lamina.job import Job, base_folder, prepare_data, read_job, shipped_path
 from lamina.model.checkpoint import stored_tensors
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer, stop_tokens
-from lamina.model.weights import ModelSettings, load_model
+from lamina.model.weights import ModelSettings
 from lamina.training.resume import check_origin, has_state, read_header
 from lamina.understand.card import Card, both
 from lamina.understand.difference import difference_on_load
@@ -107,7 +107,7 @@ def measured(model: Decoder, tokenizer: Any, stop: set[int], data: Prepared, job
     """The card of an adapted model, by the job's settings."""
     neutral = job.evaluate.neutral
     windows = read_neutral(shipped_path(neutral), tokenizer, model.architecture.max_position) if neutral else []
-    return both(model, tokenizer, stop, data.held_out, windows, job.evaluate, job.train.micro_batch_tokens)
+    return both(model, tokenizer, stop, data.held_out, windows, job.evaluate, job.train.portion)
 
 
 def stops(base: Path, tokenizer: Any, template: str | None) -> set[int]:
@@ -118,11 +118,12 @@ def stops(base: Path, tokenizer: Any, template: str | None) -> set[int]:
 def _load(settings: ModelSettings, template: str | None) -> tuple[Decoder, Any, set[int], Path]:
     base = base_folder(settings)
     tokenizer = load_tokenizer(base)
-    model = load_model(base, settings.dtype, settings.device)
+    model = settings.load(base)
     return model, tokenizer, stops(base, tokenizer, template), base
 
 
 def _stored_dtype(settings: ModelSettings) -> Literal["bf16", "fp32"]:
-    """A plain model computes in fp32 when that is how it is stored, else in bf16."""
-    widest = max(tensor.dtype.itemsize for tensor in stored_tensors(base_folder(settings)).values())
-    return "fp32" if widest >= 4 else "bf16"
+    """A plain model computes in fp32 when that is how its embedding is stored, else in bf16."""
+    stored = stored_tensors(base_folder(settings)).values()
+    embedding = [tensor.dtype.itemsize for tensor in stored if tensor.name.endswith("embed_tokens.weight")]
+    return "fp32" if max(embedding, default=2) >= 4 else "bf16"

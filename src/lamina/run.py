@@ -21,7 +21,6 @@ from lamina.evaluation import evaluate
 from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, read_job, settings_fingerprint
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
-from lamina.model.weights import load_model
 from lamina.opened import Opened, card_of, measured, open_run, stops
 from lamina.report.opening import data_lines, training_lines
 from lamina.report.record import Record, read_metrics, write_json, write_text
@@ -125,7 +124,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
         show.line(line)
     if job.watch.patience and not len(data.held_out):
         raise ConfigError("watch.patience: counts evaluations, but nothing is held out; set eval_fraction or eval_data")
-    model = load_model(base, job.model.dtype, job.model.device)
+    model = job.model.load(base)
     attach(model, job.adapter, job.head.seed)
     run = _Run(job, folder, base, model, data, start(model, job.train), show)
     for line in training_lines(model, job.model.model, job.train, run.steps, run.every if len(data.held_out) else None):
@@ -204,7 +203,7 @@ class _Run:
         """Measures the held-out loss, records it, and keeps the adapter if it is the best so far."""
         if not len(self.data.held_out):
             return
-        found = evaluate(self.model, self.data.held_out, self.job.train.micro_batch_tokens)
+        found = evaluate(self.model, self.data.held_out, self.job.train.portion)
         if not math.isfinite(found.loss):
             advice = damage(self.model) or "lower the learning rate, or look at the held-out rows"
             raise TrainingError(

@@ -145,14 +145,17 @@ def test_jobs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None
             "found --epochs beside the job's steps = 150, which decides alone; leave out one, or add --steps none",
         ),
         (
-            ["train", "kdnuggets", "--base", "bf16"],
+            ["train", "kdnuggets"],
             "snli-contradictions.jsonl: no such file; `lamina jobs kdnuggets` prints the script that writes it",
         ),
         (
             ["chat", "model", "--best"],
             "--best: model is not the folder of a run, so it has no best adapter; leave --be",
         ),
-        (["train", "miniguanaco"], "[model]: base: NF4 comes with a later version; run with --base bf16"),
+        (
+            ["train", "demo", "--base", "bf16"],
+            "[model]: base: found bf16 with dtype fp32, expected the same; leave base out",
+        ),
         (["generate", "run"], "the following arguments are required: --prompts; see `lamina generate --help`"),
     ],
 )

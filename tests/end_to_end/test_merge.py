@@ -9,56 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import write_tiny
-from tokens import pieces
-from torch import nn
+from merged_runs import a_run, proof
 
-from lamina import jobfile, merging
-from lamina.adapter import LoRA, attach
-from lamina.adapter_files import save_adapter
-from lamina.data.examples import DataSettings
+from lamina import jobfile, merging, policies
 from lamina.errors import AdapterError, CheckpointError
-from lamina.job import Job, read_job
-from lamina.merging import COMPARED, MergeRecord, merge
+from lamina.job import read_job
+from lamina.merging import COMPARED, merge
 from lamina.model.decoder import Decoder
-from lamina.model.weights import ModelSettings, load_model
+from lamina.model.weights import load_model
 from lamina.opened import open_run
 from lamina.ops.attention import Packed
-from lamina.understand.difference import Difference, compare
-
-ROWS = [("the cat", "sat on a mat"), ("Hello", "world!"), ("two and two?", "Four."), ("was it", "good; saw that")]
-
-
-def a_run(place: Path, std: float = 0.02, dtype: torch.dtype = torch.bfloat16, **size: Any) -> Path:
-    """A run folder as training leaves it: its job, and an adapter with numbers of deviation ``std`` in B."""
-    tokenizer = pieces()
-    base = write_tiny(place / "base", dtype, vocab_size=len(tokenizer), **size)
-    tokenizer.save_pretrained(base)
-    rows = [
-        {"messages": [{"role": "user", "content": f"{question} {n}"}, {"role": "assistant", "content": answer}]}
-        for n in range(30)
-        for question, answer in ROWS
-    ]
-    (place / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    job = Job(
-        ModelSettings(model=str(base), device="cpu", dtype="bf16" if dtype == torch.bfloat16 else "fp32"),
-        DataSettings(data=str(place / "train.jsonl"), eval_fraction=0.5),
-        LoRA(rank=4),
-    )
-    run = place / "run"
-    run.mkdir()
-    (run / "job.toml").write_text(jobfile.dump(job.sections()), encoding="utf-8")
-    model = load_model(base, dtype, "cpu")
-    torch.manual_seed(0)
-    for module in attach(model, job.adapter).values():
-        nn.init.normal_(module.b, std=std)
-    save_adapter(model, run / "adapter", job.adapter, str(base))
-    return run
-
-
-def proof(record: MergeRecord) -> Difference:
-    assert record.difference is not None
-    return record.difference
+from lamina.understand.difference import compare
 
 
 def test_the_difference_is_that_of_the_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +27,9 @@ def test_the_difference_is_that_of_the_whole_models(tmp_path: Path, monkeypatch:
     run, seen = a_run(tmp_path), []
     streamed = merging.streamed_logits
 
-    def noted(outline: Decoder, fill: Any, batches: Any, rows: Any, device: Any) -> list[torch.Tensor]:
+    def noted(outline: Decoder, stored: Any, adapter: Any, batches: Any, rows: Any, device: Any) -> list[torch.Tensor]:
         seen.append((batches, rows))
-        return streamed(outline, fill, batches, rows, device)
+        return streamed(outline, stored, adapter, batches, rows, device)
 
     monkeypatch.setattr(merging, "streamed_logits", noted)
     record = merge(run, tmp_path / "out")
@@ -100,17 +61,8 @@ def test_an_update_that_rounding_took_away_is_told(tmp_path: Path) -> None:
 
     strong = a_run(tmp_path / "strong", std=0.5)
 
-    add = merging._add
-
-    def unchanged(*given: Any) -> Any:
-        def update(name: str, stored: torch.Tensor) -> torch.Tensor:
-            add(*given)(name, stored.clone())
-            return stored
-
-        return update
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "_add", unchanged)
+        patch.setattr(policies, "_summed", lambda weight, update, out: weight)
         record = merge(strong, tmp_path / "other")
     assert not proof(record).same
     assert any("does NOT answer as the adapter does" in line for line in proof(record).lines())

@@ -6,20 +6,15 @@ import tomllib
 import pytest
 
 from lamina import jobfile, jobs
-from lamina.errors import ConfigError
 from lamina.job import SECTIONS, Job
 from lamina.jobfile import Head
-from lamina.settings import Layer, build, read_toml, settings
+from lamina.settings import build, read_toml, settings
 
 WHOLE = {"": Head, **SECTIONS}
 
 
 def job_of(name: str) -> Job:
-    """The job, with the base in bf16 where it asks for a form that is not computed yet."""
-    layer = jobfile.read(jobfile.find(name), WHOLE)
-    base = layer.values["model"].get("base")
-    instead = {"base": "none"} if base == "nf4" else {}
-    return Job.of(build(WHOLE, layer, Layer({"model": instead}, lambda setting: setting.flag)))
+    return Job.of(build(WHOLE, jobfile.read(jobfile.find(name), WHOLE)))
 
 
 def test_there_are_the_reference_jobs_and_the_demo() -> None:
@@ -49,19 +44,13 @@ def test_what_a_built_in_job_comments_out_is_the_default(name: str) -> None:
     text = jobs.path(f"{name}.toml").read_text(encoding="utf-8")
     said = tomllib.loads(re.sub(r'^# (\w+ = "none")$', r"\1", text, flags=re.MULTILINE))
     said.pop("version")
-    stated = build(
-        WHOLE, read_toml(said, WHOLE, name), Layer({"model": {"base": "none"}}, lambda setting: setting.flag)
-    )
-    job = job_of(name)
-    assert Job.of(stated) == job
+    assert Job.of(build(WHOLE, read_toml(said, WHOLE, name))) == job_of(name)
 
 
-def test_a_job_that_asks_for_nf4_names_the_flag_that_runs_without_it() -> None:
-    asking = [name for name in jobs.names() if 'base = "nf4"' in jobs.path(f"{name}.toml").read_text(encoding="utf-8")]
-    assert asking == ["guanaco-7b", "kdnuggets", "miniguanaco", "miniguanaco-faithful"]
-    for name in asking:
-        with pytest.raises(ConfigError, match="NF4 comes with a later version; run with --base bf16"):
-            jobfile.load(name, SECTIONS)
+def test_the_reference_jobs_keep_their_base_in_four_bits() -> None:
+    four = {name: job_of(name).model for name in jobs.names() if job_of(name).model.base == "nf4"}
+    assert list(four) == ["guanaco-7b", "kdnuggets", "miniguanaco", "miniguanaco-faithful"]
+    assert {name for name, model in four.items() if not model.double_quant} == {"miniguanaco-faithful"}
 
 
 def test_the_faithful_job_is_as_published() -> None:

@@ -153,11 +153,11 @@ def _read(keys: Keys, family: str) -> Architecture:
 
 def _refuse_storage(keys: Keys) -> None:
     quantised = keys.take("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
+    method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
+    if method not in (None, "bitsandbytes"):  # what that stored is read by ``storage``
         keys.problem(
-            f"quantization_config: the weights are stored quantised by {method}; "
-            "name the unquantised model that this one was made from as --model"
+            f"quantization_config: the weights are stored quantised by {method}, computed are bitsandbytes' 4-bit and 8-bit "
+            "forms; name the unquantised model that this one was made from as --model, with --base nf4 for four bits"
         )
     if keys.take("auto_map"):
         keys.problem("auto_map: the checkpoint brings its own code, which is never run")

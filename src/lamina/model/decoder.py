@@ -5,10 +5,12 @@ CPU the logits equal those of transformers bit for bit; every operation below is
 decoder knows no adapters (leaves are replaced), no loss (it returns hidden states) and no cache (attention is handed in).
 """
 
+from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -107,6 +109,7 @@ class Decoder(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
+        self.fingerprint: str | None = None  # of the files, where the weights in memory are not theirs
         self.model = Trunk(architecture)
         self.lm_head = None if architecture.tied else nn.Linear(architecture.width, architecture.vocabulary, bias=False)
 
@@ -116,7 +119,12 @@ class Decoder(nn.Module):
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def forward(
-        self, tokens: Int[Tensor, " N"], position: Int[Tensor, " N"], attend: Attend, checkpointed: int = 0
+        self,
+        tokens: Int[Tensor, " N"],
+        position: Int[Tensor, " N"],
+        attend: Attend,
+        checkpointed: int = 0,
+        offload: bool = False,
     ) -> Float[Tensor, "N D"]:
         """Computes the hidden states after the final norm.
 
@@ -126,12 +134,14 @@ class Decoder(nn.Module):
             attend: the attention within each example.
             checkpointed: how many layers, from the first, keep only their input and are computed again in the backward
                 pass (Chen et al. 2016, arXiv:1604.06174).
+            offload: keep those inputs in the host's memory.
         """
         x = self.model.embed_tokens(tokens)
         cos, sin = angles(self.architecture.rope, self.architecture.head_width, position, x.dtype)
         for index, layer in enumerate(self.model.layers):
             if index < checkpointed and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                with save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext():
+                    x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, attend)
         hidden: Tensor = self.model.norm(x)

@@ -21,7 +21,9 @@ ROWS = 8
 
 @torch.no_grad()
 def fingerprint(model: Decoder) -> str:
-    """The fingerprint of a model's base, whether or not an adapter lies on it."""
+    """The fingerprint of a model's base, whether or not an adapter lies on it; of a quantised one that of its files."""
+    if model.fingerprint is not None:
+        return model.fingerprint
     # An adapted linear holds the frozen one as its ``base``; A and B have names of their own.
     tensors = {
         name.replace(".base.", "."): parameter.detach()
@@ -38,7 +40,7 @@ def stored_fingerprint(architecture: Architecture, stored: Mapping[str, Stored])
 
     def rows(name: str, every: int) -> Tensor:
         tensor = stored[name]
-        if len(tensor.shape) == 1:
+        if len(tensor.shape) < 2:
             return tensor.read()
         size = tensor.shape[1] * tensor.dtype.itemsize
         starts = range(tensor.start, tensor.start + tensor.size, every * size)
@@ -53,5 +55,5 @@ def _digest(a: Architecture, shapes: Mapping[str, tuple[int, ...]], rows: Callab
     for name, shape in sorted(shapes.items()):
         digest.update(f"{name} {list(shape)}".encode())
         part = rows(name, max(1, shape[0] // ROWS) if len(shape) > 1 else 1)
-        digest.update(part.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(part.to("cpu", torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

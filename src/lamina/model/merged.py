@@ -1,28 +1,55 @@
 """A merged model's folder, written tensor by tensor.
 
-Shapes and dtypes are known from the base's headers before anything is computed, so the shards are planned first, each
-header is written, and then each tensor is read, updated and written in turn: the peak is one tensor and what the update
-needs for it. The folder is made under a temporary name and renamed when it is complete.
+Names, shapes and dtypes are known before anything is computed, so the shards are planned first, each header is written, and
+then each piece is computed and written in turn: the peak is what one piece needs. The folder is made under a temporary name
+and renamed when it is complete.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lamina.errors import CheckpointError
-from lamina.model.architecture import read_config
-from lamina.model.checkpoint import Stored
-from lamina.model.weights import used_tensors
+from lamina.model.checkpoint import DTYPES, Stored
+from lamina.model.keys import read_json
 
 # Everything beside the weights that a model's folder needs to be used: never the old index, never other weights.
 _COPIED = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model", "merges.txt", "LICENSE*")
 _INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a tensor that is to be written: its dtype as the header spells it, and its shape."""
+
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return prod(self.shape) * DTYPES[self.code].itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are computed together: what they will be, and how to come by them."""
+
+    forms: Mapping[str, Form]
+    make: Callable[[], Mapping[str, Tensor]]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return sum(form.size for form in self.forms.values())
 
 
 @dataclass(frozen=True)
@@ -36,25 +63,33 @@ class Merged:
     """Bytes of all tensors."""
 
 
+def as_stored(tensor: Stored) -> Piece:
+    """A tensor that is written as it is stored."""
+    return Piece({tensor.name: Form(tensor.code, tensor.shape)}, lambda: {tensor.name: tensor.read()})
+
+
 def write_merged(
-    base: Path, out: Path, update: Callable[[str, Tensor], Tensor], max_shard_bytes: int = 5_000_000_000
+    base: Path,
+    out: Path,
+    pieces: Sequence[Piece],
+    config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
 ) -> Merged:
-    """Writes ``base`` with every tensor passed through ``update``.
+    """Writes a model's folder: the tensors of ``pieces``, and everything else as it is in ``base``.
 
     Args:
         base: the model's folder.
         out: the folder to write; absent or empty.
-        update: called with a parameter's name and its stored value; returns the value to store, of the same shape and
-            dtype. It may work in place.
-        max_shard_bytes: a shard is closed before it grows beyond this; one larger tensor is a shard of its own.
+        pieces: made one after the other; what one makes is written before the next is made.
+        config: keys of ``config.json`` with other values; None takes a key out.
+        max_shard_bytes: a shard is closed before it grows beyond this; one larger piece is a shard of its own.
 
     Raises:
         CheckpointError: ``out`` is not empty, or cannot be written (disk full, read-only); nothing is left there.
         ModelError: the base cannot be read.
     """
     out = free_place(out)
-    stored = used_tensors(base, read_config(base))
-    size = sum(tensor.size for tensor in stored.values())
+    size = sum(piece.size for piece in pieces)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,11 +97,15 @@ def write_merged(
         free = shutil.disk_usage(part).free
         if size > free:
             raise CheckpointError(f"{out}: the merged model needs {size:,} bytes and the disk has {free:,} free")
-        shards = _plan(stored, max_shard_bytes)
-        for file, names in shards.items():
-            _write_shard(part / file, [stored[name] for name in names], update)
+        shards = _plan(pieces, max_shard_bytes)
+        for file, members in shards.items():
+            _write_shard(part / file, members)
         _write_index(part, shards, size)
         _copy_rest(base, part)
+        if config:
+            values = {**read_json(part / "config.json"), **config}
+            kept = {key: value for key, value in values.items() if value is not None or key not in config}
+            (part / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         part.rename(out)
     except OSError as error:
         raise CheckpointError(
@@ -74,7 +113,7 @@ def write_merged(
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Merged(out, tuple(shards), len(stored), size)
+    return Merged(out, tuple(shards), sum(len(piece.forms) for piece in pieces), size)
 
 
 def free_place(out: Path) -> Path:
@@ -89,44 +128,51 @@ def free_place(out: Path) -> Path:
     return out
 
 
-def _plan(stored: dict[str, Stored], max_shard_bytes: int) -> dict[str, list[str]]:
-    groups: list[list[str]] = [[]]
+def _plan(pieces: Sequence[Piece], max_shard_bytes: int) -> dict[str, list[Piece]]:
+    groups: list[list[Piece]] = [[]]
     filled = 0
-    for name, tensor in stored.items():
-        if groups[-1] and filled + tensor.size > max_shard_bytes:
+    for piece in pieces:
+        if groups[-1] and filled + piece.size > max_shard_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(name)
-        filled += tensor.size
+        groups[-1].append(piece)
+        filled += piece.size
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": group for n, group in enumerate(groups, start=1)}
 
 
-def _write_shard(file: Path, tensors: list[Stored], update: Callable[[str, Tensor], Tensor]) -> None:
+def _write_shard(file: Path, pieces: list[Piece]) -> None:
+    forms = {name: form for piece in pieces for name, form in piece.forms.items()}
     # Wider dtypes first, so that every tensor lies at a multiple of its element size.
-    order = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    order = sorted(forms, key=lambda name: -DTYPES[forms[name].code].itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in order:
-        start, end = end, end + tensor.size
-        header[tensor.name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    starts, end = {}, 0
+    for name in order:
+        starts[name], end = end, end + forms[name].size
+        header[name] = {
+            "dtype": forms[name].code,
+            "shape": list(forms[name].shape),
+            "data_offsets": [starts[name], end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in order:
-            value = update(tensor.name, tensor.read())
-            assert (value.dtype, value.shape) == (tensor.dtype, tensor.shape), f"the form of {tensor.name} changed"
-            stream.write(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            del value  # before the next one is read
+        for piece in pieces:
+            for name, value in piece.make().items():
+                form = forms[name]
+                assert (value.dtype, tuple(value.shape)) == (DTYPES[form.code], form.shape), f"{name}: another form"
+                stream.seek(8 + len(text) + starts[name])
+                stream.write(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                del value  # before the next one is made
         stream.flush()
         os.fsync(stream.fileno())  # a full disk may show only here
 
 
-def _write_index(folder: Path, shards: dict[str, list[str]], size: int) -> None:
+def _write_index(folder: Path, shards: dict[str, list[Piece]], size: int) -> None:
     if len(shards) > 1:
-        places = {name: file for file, names in shards.items() for name in names}
+        places = {name: file for file, pieces in shards.items() for piece in pieces for name in piece.forms}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -13,9 +13,7 @@ is ours: the same bytes at four to eight times the speed.
 
 import ctypes
 import json
-import logging
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +31,8 @@ from lamina.ops.blockwise import (
     quantise_4bit,
     quantise_8bit,
 )
+from lamina.ops.frozen import Scratch
+from lamina.ops.library import library_for
 from lamina.ops.shapes import Float
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # in the kernels' names
@@ -40,8 +40,8 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"} 
 # Numbers quantised at once, a multiple of a block. On a CPU all that a slice needs stays in a core's cache.
 _SLICE, _SLICE_ELSEWHERE = 2**17, 2**24
 
-# Lends memory of so many elements, a dtype and a device until the next call, with undefined contents.
-Scratch = Callable[[int, torch.dtype, torch.device], Tensor]
+STATE = 256
+"""Bytes of the JSON that says how stored tensors belong together, spaces at its end: known before its numbers are."""
 
 
 def four_bit_bytes(outputs: int, inputs: int, double: bool) -> int:
@@ -128,7 +128,7 @@ class FourBit(nn.Module):
         """W as the products see it, in ``dtype``: code[place] · absmax, in memory that the next call may overwrite."""
         count, device = self.outputs * self.inputs, self.packed.device
         absmax = self._expanded()
-        library = _library(device.type)
+        library = library_for(device.type)
         if library is None:
             out = dequantise_4bit(self.packed, absmax, self.kind, count, self.dtype)
         else:
@@ -144,7 +144,7 @@ class FourBit(nn.Module):
         """The absmax in fp32."""
         if self.nested_absmax is None or self.offset is None:
             return self.absmax
-        if _library(self.absmax.device.type) is None:
+        if library_for(self.absmax.device.type) is None:
             return dequantise_8bit(self.absmax, self.nested_absmax).add_(self.offset)
         given = (self.nested_absmax, on_device("dynamic", self.absmax.device), NESTED_BLOCK, torch.float32)
         expanded: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(self.absmax, *given)
@@ -229,8 +229,8 @@ class FourBit(nn.Module):
         if self.nested_absmax is not None and self.offset is not None:
             tensors[f"{prefix}.nested_absmax"] = self.nested_absmax
             tensors[f"{prefix}.nested_quant_map"] = on_device("dynamic", device).clone()
-            state["nested_offset"] = self.offset.item()
-        text = bytearray(json.dumps(state).encode())
+            state["nested_offset"] = None if self.offset.is_meta else self.offset.item()
+        text = bytearray(json.dumps(state).ljust(STATE).encode())
         tensors[f"{prefix}.quant_state.bitsandbytes__{self.kind}"] = torch.frombuffer(text, dtype=torch.uint8)
         return tensors
 
@@ -249,29 +249,15 @@ def _map_faults(name: str, found: Tensor | None, code: Any) -> list[str]:
     return [f"{name} is {found.numel()} values from {found.min():.4g}, expected the {len(expected)} values of {code}"]
 
 
-@cache
-def _library(device_type: str) -> Any:
-    """bitsandbytes' native library, where it has kernels for a kind of device; else None.
-
-    The import warns of a kernel for products in 4 bit that it did not download. It is not used here, so that one logger
-    tells errors only.
-    """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
-
-    loaded = not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
-    return lib if loaded and device_type in ("cpu", "cuda") else None
-
-
 def _quantise(values: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    if values.device.type == "cpu" or _library(values.device.type) is None:
+    if values.device.type == "cpu" or library_for(values.device.type) is None:
         return quantise_4bit(values, kind)
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit(values, BLOCK, kind, torch.uint8)
     return packed.view(-1), absmax
 
 
 def _quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    if _library(absmax.device.type) is None:
+    if library_for(absmax.device.type) is None:
         return quantise_8bit(absmax)
     codes, nested = torch.ops.bitsandbytes.quantize_blockwise(absmax, on_device("dynamic", absmax.device), NESTED_BLOCK)
     return codes, nested

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamina.ops.int8 import ROWS, SMALLEST, Scratch
+from lamina.ops.frozen import Scratch
+from lamina.ops.int8 import SMALLEST, STORED
 from lamina.ops.shapes import Float
 
 E4M3 = torch.float8_e4m3fn
@@ -43,6 +44,7 @@ class Fp8(nn.Module):
 
     bits: Tensor
     scale_bits: Tensor
+    kind = "fp8"
 
     def __init__(self, outputs: int, inputs: int, dtype: torch.dtype, *, scratch: Scratch) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class Fp8(nn.Module):
     @torch.no_grad()
     def store(self, weight: Float[Tensor, "out D"]) -> None:
         """Quantises a weight into the buffers: |W - s·q| is at most 2⁻⁴·|W|, or s·2⁻¹⁰ where q is subnormal."""
-        parts = zip(weight.split(ROWS), self.codes.split(ROWS), self.scale.split(ROWS), strict=True)
+        parts = zip(weight.split(STORED), self.codes.split(STORED), self.scale.split(STORED), strict=True)
         for given, codes, scale in parts:
             found, factors = quantise_rows(given)
             codes.copy_(found)

@@ -16,7 +16,6 @@ Rejected: slices of rows that stay in cache (what they save in traffic goes into
 ``torch.aminmax`` and ``vector_norm`` for the largest number of a row (several times slower than ``amax`` beside ``amin``).
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -24,10 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamina.errors import ModelError
+from lamina.ops.frozen import Scratch
 from lamina.ops.shapes import Float, Int
-
-Scratch = Callable[[int, torch.dtype, torch.device], Tensor]
-"""Gives a 1-D tensor of so many elements, with undefined contents, in memory that the next call may give again."""
 
 LARGEST = 127
 WIDEST = (2**31 - 1) // LARGEST**2
@@ -38,6 +35,9 @@ SMALLEST = 1e-30
 
 ROWS = 2048
 """Tokens that are quantised, multiplied and rescaled at one time, which bounds the scratch memory."""
+
+STORED = 128
+"""Rows of a weight that are quantised at one time: loading takes little memory beside the model."""
 
 EXACT = 1024
 """The longest sum of products of int8 that fp32 holds exactly: 1024·128·127 < 2²⁴."""
@@ -61,6 +61,7 @@ class Int8(nn.Module):
 
     codes: Tensor
     scale_bits: Tensor
+    kind = "int8"
 
     def __init__(self, outputs: int, inputs: int, dtype: torch.dtype, *, scratch: Scratch) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class Int8(nn.Module):
     @torch.no_grad()
     def store(self, weight: Float[Tensor, "out D"]) -> None:
         """Quantises a weight into the buffers: |W - s·q| ≤ s/2, up to fp32's rounding of W/s."""
-        parts = zip(weight.split(ROWS), self.codes.split(ROWS), self.scale.split(ROWS), strict=True)
+        parts = zip(weight.split(STORED), self.codes.split(STORED), self.scale.split(STORED), strict=True)
         for given, codes, scale in parts:
             wide = self.scratch(given.numel(), torch.float32, given.device).view(given.shape)
             scale.copy_(quantise_rows(given, None, wide, codes).squeeze(1))

@@ -1,8 +1,8 @@
 """The adapted projection y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (Hu et al. 2021, arXiv:2106.09685), plain and as one autograd op.
 
-W is frozen, so a step needs no gradient of W, only the one through it. Autograd's own graph for the formula keeps the
-projection and the scaled product, and adds two gradients of x in a pass of their own; the op keeps x and x·Aᵀ, and
-accumulates where a GEMM can. ``plain`` is the reference that the op is tested against.
+W is frozen, so a step needs no gradient of W, only the one through it; it may be stored in any form of ``frozen``. Autograd's
+own graph for the formula keeps the projection and the scaled product, and adds two gradients of x in a pass of their own; the
+op keeps x and x·Aᵀ, and accumulates where a GEMM can. ``plain`` is the reference that the op is tested against.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina.ops.frozen import Frozen
 from lamina.ops.shapes import Float
 
 
@@ -35,7 +36,7 @@ def plain(
 def adapted_linear(
     x: Float[Tensor, "N D"],
     dropped: Float[Tensor, "N D"],
-    weight: Float[Tensor, "out D"],
+    weight: Frozen,
     bias: Float[Tensor, " out"] | None,
     a: Float[Tensor, "R D"],
     b: Float[Tensor, "out R"],
@@ -51,27 +52,27 @@ def adapted_linear(
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, dropped: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         ctx.master = a.dtype
         a, b = a.to(x.dtype), b.to(x.dtype)
         narrow = F.linear(dropped, a)  # [N, R]
-        out = F.linear(x, weight, bias)
+        out = weight.multiply(x, bias)
         if x.dtype == torch.float32:
             out.add_(F.linear(narrow, b).mul_(scale))  # each product and sum rounded by itself, as PEFT does
         else:
             out.addmm_(narrow, b.t(), alpha=scale)
-        ctx.save_for_backward(dropped, narrow, weight, a, b)
-        ctx.scale, ctx.same = scale, dropped is x
+        ctx.save_for_backward(dropped, narrow, a, b)
+        ctx.weight, ctx.scale, ctx.same = weight, scale, dropped is x  # W is frozen: no version of it to watch
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, narrow, weight, a, b = ctx.saved_tensors
+        dropped, narrow, a, b = ctx.saved_tensors
         narrow_grad = (grad @ b).mul_(ctx.scale)  # [N, R]
         a_grad = (narrow_grad.t() @ dropped).to(ctx.master)
         b_grad = (grad.t() @ narrow).to(ctx.master).mul_(ctx.scale)
-        x_grad = grad @ weight if ctx.needs_input_grad[0] else None
+        x_grad = ctx.weight.multiply_back(grad) if ctx.needs_input_grad[0] else None
         dropped_grad = None
         if ctx.same and x_grad is not None:
             x_grad.addmm_(narrow_grad, a)

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 from rich import box
@@ -132,6 +132,16 @@ def before_after(
         for prompt, expected, base, adapter in answers:
             examples.add_row(*map(_cell, [prompt, base, adapter, *([expected] if wanted else [])]))
         console.print(examples)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], stream: Stream, right: bool = False) -> None:
+    """Prints a table; ``right`` sets all columns but the first to the right, as numbers want it."""
+    made = _table(*head)
+    for column in made.columns[1:] if right else ():
+        column.justify = "right"
+    for row in rows:
+        made.add_row(*map(_cell, row))
+    _console(stream).print(made)
 
 
 class _Piped(Console):

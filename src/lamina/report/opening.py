@@ -9,6 +9,7 @@ from lamina.adapter import AdaptedLinear, adapted
 from lamina.data.prepare import Prepared
 from lamina.data.render import show
 from lamina.model.decoder import Decoder
+from lamina.model.quantised import APPROXIMATE, form_of, quantised_of
 from lamina.training.loop import Training
 from lamina.training.optimizer import Shape, relative_update
 
@@ -41,9 +42,17 @@ def training_lines(model: Decoder, name: str, training: Training, steps: int, ev
     modules = adapted(model)
     trained = sum(module.a.numel() + module.b.numel() for module in modules.values())
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    quantised = quantised_of(model)
+    frozen += sum(module.out_features * module.in_features for module in quantised)
+    form = f" in {quantised[0].form.kind}" if quantised else ""
+    form += (
+        " (approximate: what is multiplied is rounded too)"
+        if quantised and quantised[0].form.kind in APPROXIMATE
+        else ""
+    )
     weights = model.vocabulary
     yield (
-        f"base: {name}, {frozen:,} frozen parameters, {str(weights.dtype).removeprefix('torch.')} on {weights.device.type}; "
+        f"base: {name}, {frozen:,} frozen parameters{form}, {str(weights.dtype).removeprefix('torch.')} on {weights.device.type}; "
         f"adapter: {trained:,} parameters in {len(modules)} matrices; saved are A and B only, {4 * trained / 1e6:,.1f} MB"
     )
     rule = "" if training.learning_rate else f", the rule of thumb for LoRA at width {model.architecture.width}"
@@ -66,5 +75,5 @@ def training_lines(model: Decoder, name: str, training: Training, steps: int, ev
 
 def shape_of(module: AdaptedLinear) -> Shape:
     """What decides how large the update of this matrix can get; W is judged by its first rows."""
-    weight = float(module.base.weight[:64].float().square().mean().sqrt())
+    weight = float(form_of(module.base).dense()[:64].float().square().mean().sqrt())
     return Shape(module.scale, module.a.shape[0], module.a.shape[1], max(weight, 1e-12))

@@ -9,6 +9,7 @@ from lamina.adapter import adapted
 from lamina.data.pack import Batch
 from lamina.errors import TrainingError
 from lamina.model.decoder import Decoder
+from lamina.model.quantised import QuantisedLinear
 from lamina.ops.attention import Packed
 from lamina.ops.loss import token_scores
 
@@ -41,6 +42,8 @@ def refuse_non_finite(model: Decoder, loss: Tensor, norm: Tensor, batches: Seque
 def damage(model: Decoder) -> str:
     """Says which frozen weights are not finite; nothing where all are."""
     bad = [name for name, weight in model.named_parameters() if not weight.requires_grad and not finite(weight)]
+    quantised = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantisedLinear))
+    bad += [name for name, module in quantised if not finite(module.form.dense())]
     if not bad:
         return ""
     return f"the base itself is damaged, with non-finite numbers in {bad[0]} and {len(bad) - 1} more: get it anew"

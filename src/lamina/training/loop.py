@@ -27,8 +27,11 @@ from lamina.ops.attention import Packed
 from lamina.ops.loss import cross_entropy_sum
 from lamina.section import section
 from lamina.training.finite import refuse_broken_adapter, refuse_non_finite, refuse_silent
-from lamina.training.optimizer import Schedule, adamw, rate_factor, rule_of_thumb
+from lamina.training.optimizer import Kind, Schedule, adamw, rate_factor, rule_of_thumb
 from lamina.training.order import rows_of_step, steps_of
+
+PORTION = 4096
+"""Tokens of a micro-batch where neither the settings nor a plan say another number."""
 
 
 @section
@@ -44,13 +47,21 @@ class Training:
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Examples per optimiser step. Small batches suit LoRA better than large ones."""
 
-    micro_batch_tokens: Annotated[int, Field(ge=1)] = 4096
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens computed at one time; a step's examples are packed into portions of this size. It changes the memory and the
-    speed, not the result (with dropout, which numbers are drawn). A longer example is a portion of its own."""
+    speed, not the result (with dropout, which numbers are drawn). A longer example is a portion of its own. If unset, the plan
+    chooses the largest that fits the memory."""
 
-    checkpoint_layers: Annotated[int, Field(ge=0)] = 0
+    checkpoint_layers: Annotated[int, Field(ge=0)] | None = None
     """Layers, from the first, that keep only their input and are computed again in the backward pass: less memory, up to a
-    third more time, the same result."""
+    third more time, the same result. If unset, the plan chooses as few as the memory asks for."""
+
+    offload_checkpoints: bool = False
+    """Keep the inputs of checkpointed layers in the host's memory, where the model is on a GPU: less memory there, more traffic."""
+
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory that the run may take, in GiB; if unset, what is free on the device. A run that is planned to need more is refused
+    before it starts; whoever trusts the plan less than the machine names a larger number."""
 
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; if unset, 5e-4·(2000/width)^0.781, the rule of thumb for LoRA (2.9e-4 for Llama-2-7B)."""
@@ -70,12 +81,21 @@ class Training:
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay of AdamW's two moments."""
 
+    optimizer: Kind = "adamw"
+    """Where AdamW keeps its two moments: adamw in fp32; adamw8bit in eight bits a number (bitsandbytes); the paged forms in
+    memory that CUDA moves to the host when the device is full."""
+
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's ε."""
 
     def rate(self, model: Decoder) -> float:
         """The peak learning rate: the one that was set, or the rule of thumb for this model."""
         return self.learning_rate or rule_of_thumb(model.architecture.width, model.architecture.family)
+
+    @property
+    def portion(self) -> int:
+        """Tokens of a micro-batch: as set, or as is usual where nothing was planned."""
+        return self.micro_batch_tokens or PORTION
 
     def total_steps(self, examples: int) -> int:
         """The optimiser steps of the run over so many training examples."""
@@ -114,13 +134,13 @@ class State:
     """What changes from step to step beside the adapter itself: how many steps are done, and AdamW's moments."""
 
     step: int
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
 
 
 def start(model: Decoder, training: Training) -> State:
     """The state before the first step."""
     trainable = [parameter for module in adapted(model).values() for parameter in (module.a, module.b)]
-    return State(0, adamw(trainable, training.weight_decay, training.betas, training.adam_eps))
+    return State(0, adamw(training.optimizer, trainable, training.weight_decay, training.betas, training.adam_eps))
 
 
 def train(model: Decoder, examples: Examples, training: Training, state: State, seed: int) -> Iterator[Step]:
@@ -140,12 +160,12 @@ def train(model: Decoder, examples: Examples, training: Training, state: State, 
         began = time.perf_counter()
         model.train()  # whoever looked at the model between two steps may have left it in evaluation mode
         rows = rows_of_step(state.step, len(examples), training.batch_size, seed, last)
-        batches = pack([examples[row] for row in rows], training.micro_batch_tokens)
+        batches = pack([examples[row] for row in rows], training.portion)
         supervised = sum(batch.supervised for batch in batches)
 
         with torch.random.fork_rng():  # the caller's generator stays as it is
             torch.manual_seed(_mix(seed, state.step))  # dropout: a function of (seed, step)
-            losses = [backward(model, batch, training.checkpoint_layers) for batch in batches]
+            losses = [backward(model, batch, training) for batch in batches]
         loss = torch.stack(losses).sum() / supervised
         for parameter in parameters:
             if parameter.grad is not None:
@@ -169,10 +189,11 @@ def train(model: Decoder, examples: Examples, training: Training, state: State, 
         yield Step(state.step, loss.item(), tokens, supervised, rate, norm.item(), seconds, memory(loss.device))
 
 
-def backward(model: Decoder, batch: Batch, checkpointed: int = 0) -> Tensor:
+def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     """One micro-batch forward and backward: adds its gradient to the adapter's, returns the summed loss."""
     device = model.vocabulary.device
-    hidden = model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), checkpointed)
+    kept = training.checkpoint_layers or 0, training.offload_checkpoints
+    hidden = model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept)
     loss, _ = cross_entropy_sum(hidden, model.vocabulary, batch.targets.to(device))
     loss.backward()
     return loss.detach()
@@ -189,10 +210,10 @@ def rehearse(model: Decoder, examples: Examples, lengths: Sequence[int], trainin
     """
     longest = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))[: training.batch_size]
     (together,) = pack([examples[index] for index in longest], sum(lengths[index] for index in longest))
-    batch = _cut(together, max(training.micro_batch_tokens, together.lengths[0]))
+    batch = _cut(together, max(training.portion, together.lengths[0]))
     with torch.random.fork_rng():
         model.train()
-        loss = backward(model, batch, training.checkpoint_layers)
+        loss = backward(model, batch, training)
     model.zero_grad(set_to_none=True)
     refuse_non_finite(model, loss, loss, [batch], 1)
     return len(batch.tokens)

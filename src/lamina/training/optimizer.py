@@ -1,4 +1,4 @@
-"""What moves the adapter: AdamW with decoupled decay, the learning rate's default, and its schedule."""
+"""What moves the adapter: AdamW with decoupled decay and its forms in less memory, the rate's default, and its schedule."""
 
 import math
 from collections.abc import Iterable
@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lamina.errors import ConfigError
 
 Schedule = Literal["constant", "linear", "cosine"]
+Kind = Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit"]
 
 
 def rule_of_thumb(width: int, family: str) -> float:
@@ -43,10 +46,47 @@ def rate_factor(step: int, steps: int, schedule: Schedule, warmup: float) -> flo
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter], weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with fp32 moments; the rate is set before every step."""
-    return torch.optim.AdamW(list(parameters), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    kind: Kind, parameters: Iterable[nn.Parameter], weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); the rate is set before every step.
+
+    Raises:
+        ConfigError: a paged form where the parameters are not on a GPU, whose unified memory it needs.
+    """
+    parameters = list(parameters)
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    device = parameters[0].device.type
+    if kind.startswith("paged") and device != "cuda":
+        raise ConfigError(
+            f"optimizer: found {kind} on {device}, but pages live in CUDA's unified memory; expected adamw or adamw8bit"
+        )
+    from lamina.ops.library import bitsandbytes
+
+    bits, paged = 8 if kind.endswith("8bit") else 32, kind.startswith("paged")
+    made: torch.optim.Optimizer = bitsandbytes().optim.AdamW(
+        parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, optim_bits=bits, is_paged=paged
+    )
+    return made
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What an optimiser that has made a step remembers of a parameter, but for the number of steps."""
+    constant = {"step", "qmap1", "qmap2"}  # the maps are those of all parameters
+    return {name: value for name, value in optimizer.state[parameter].items() if name not in constant}
+
+
+def remember(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Makes room for the moments of an optimiser that is to go on after ``step`` steps; they are to be filled in."""
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            state = optimizer.state[parameter]
+            if isinstance(optimizer, torch.optim.AdamW):
+                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                state["step"] = torch.tensor(float(step), device=parameter.device)  # where the fused kernel wants it
+            else:
+                optimizer.init_state(group, parameter, number, place)  # type: ignore[attr-defined]
+                state["step"] = step
 
 
 def relative_update(steps: int, rate: float, schedule: Schedule, warmup: float, shape: "Shape") -> float:

@@ -23,6 +23,7 @@ from lamina.adapter_files import write_tensors
 from lamina.errors import CheckpointError
 from lamina.model.decoder import Decoder
 from lamina.training.loop import State
+from lamina.training.optimizer import moments, remember
 
 VERSION = 1
 """Of the run folder's layout."""
@@ -73,10 +74,7 @@ def load_state(run: Path, model: Decoder, state: State, origin: Mapping[str, str
     check_origin(run, header, origin)
     state.step = header["step"]
     if state.step:
-        for parameter in (p for group in state.optimizer.param_groups for p in group["params"]):
-            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            count = torch.tensor(float(state.step), device=parameter.device)  # where the fused kernel wants it
-            state.optimizer.state[parameter] = {"step": count, **zeros}
+        remember(state.optimizer, state.step)
     tensors = _tensors(model, state)
     with safe_open(path, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -159,7 +157,6 @@ def _tensors(model: Decoder, state: State) -> dict[str, Tensor]:
         for factor, parameter in (("a", module.a), ("b", module.b)):
             tensors[f"{path}.{factor}"] = parameter.detach()
             if state.step:
-                moments = state.optimizer.state[parameter]
-                tensors[f"{path}.{factor}.exp_avg"] = moments["exp_avg"]
-                tensors[f"{path}.{factor}.exp_avg_sq"] = moments["exp_avg_sq"]
+                found = moments(state.optimizer, parameter)
+                tensors |= {f"{path}.{factor}.{name}": moment for name, moment in found.items()}
     return tensors

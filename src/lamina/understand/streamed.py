@@ -3,7 +3,7 @@
 All batches go through a layer before the next is read, so each weight is read once, however many batches there are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,36 +13,29 @@ from torch.nn import functional as F
 from lamina.data.pack import Batch
 from lamina.model.checkpoint import Stored
 from lamina.model.decoder import Decoder, angles
+from lamina.model.weights import read_module
 from lamina.ops.attention import Packed
-
-Fill = Callable[[str, Tensor], None]
-"""Writes the weight of a name into place."""
-
-
-def weights_of(stored: Mapping[str, Stored], adapter: Mapping[str, Tensor]) -> Fill:
-    """Fills from a checkpoint, and A and B of an adapted linear from ``adapter``."""
-
-    def fill(name: str, out: Tensor) -> None:
-        if name in adapter:
-            out.copy_(adapter[name])
-        else:
-            stored[name.replace(".base.", ".")].read_into(out)  # what an adapted linear holds as its base
-
-    return fill
 
 
 @torch.no_grad()
 def streamed_logits(
-    outline: Decoder, fill: Fill, batches: Sequence[Batch], rows: Sequence[Tensor], device: torch.device
+    outline: Decoder,
+    stored: Mapping[str, Stored],
+    adapter: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    rows: Sequence[Tensor],
+    device: torch.device,
 ) -> list[Tensor]:
     """Computes logits [S, V] of some rows of each batch, fp32 on the CPU.
 
     Args:
         outline: the model, perhaps adapted, on the ``meta`` device; it is there again afterwards.
+        stored: where its weights are.
+        adapter: A and B of its adapted linears by their name in the model.
         rows: indices [S] into the tokens of each batch.
     """
     trunk, a = outline.model, outline.architecture
-    loaded = _Loader(fill, device)
+    loaded = _Loader(stored, adapter, device)
     with loaded(trunk.embed_tokens, "model.embed_tokens"):
         states = [trunk.embed_tokens(batch.tokens.to(device)) for batch in batches]
     turns = [
@@ -66,15 +59,14 @@ def streamed_logits(
 class _Loader:
     """Holds the weights of a module for the time of a block."""
 
-    def __init__(self, fill: Fill, device: torch.device) -> None:
-        self.fill, self.device = fill, device
+    def __init__(self, stored: Mapping[str, Stored], adapter: Mapping[str, Tensor], device: torch.device) -> None:
+        self.stored, self.adapter, self.device = stored, adapter, device
 
     @contextmanager
     def __call__(self, module: nn.Module, name: str) -> Iterator[None]:
         module.to_empty(device=self.device)
         try:
-            for key, parameter in module.named_parameters():
-                self.fill(f"{name}.{key}", parameter.data)
+            read_module(module, f"{name}.", self.stored, self.adapter)
             yield
         finally:
             module.to_empty(device="meta")

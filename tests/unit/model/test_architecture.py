@@ -177,9 +177,10 @@ REFUSED = {
     "dropout": ({"attention_dropout": 0.1}, r"attention_dropout 0.1 \(computed: 0\)"),
     "gptq": (
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "quantization_config: the weights are stored quantised by gptq; name the unquantised model",
+        "quantization_config: the weights are stored quantised by gptq, computed are bitsandbytes' 4-bit and 8-bit forms; name "
+        "the unquantised model that this one was made from as --model, with --base nf4 for four bits",
     ),
-    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised by bitsandbytes"),
+    "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised by awq"),
     "own code": (
         {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}},
         "auto_map: the checkpoint brings its own code",

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from models import hidden, some_tokens, tiny
+from models import hidden, places, some_tokens, tiny
 from torch import Tensor
 
 from lamina.adapter import LoRA, adapted, attach
 from lamina.model.decoder import Decoder
+from lamina.ops.attention import Packed
 from lamina.ops.loss import cross_entropy_sum
 
 LENGTHS = (1, 7, 20, 3, 16)
@@ -66,6 +67,27 @@ def test_recomputed_layers_change_no_bit(checkpointed: int, dropout: float) -> N
     kept = loss_and_gradients(model, tokens, LENGTHS)
     recomputed = loss_and_gradients(model, tokens, LENGTHS, checkpointed)
     assert all(torch.equal(one, other) for one, other in zip(kept, recomputed, strict=True))
+
+
+def test_inputs_kept_in_the_hosts_memory_change_no_bit() -> None:
+    model, tokens = with_adapter(num_hidden_layers=3), some_tokens(LENGTHS)
+    parameters = [p for module in adapted(model).values() for p in (module.a, module.b)]
+    found, inputs = [], []
+    for offload in (False, True):
+        moved: list[torch.Size] = []
+
+        def see(x: Tensor, moved: list[torch.Size] = moved) -> Tensor:
+            moved.append(x.shape)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
+            states = model(tokens, places(LENGTHS), Packed(LENGTHS), 2, offload)
+        loss, _ = cross_entropy_sum(states, model.vocabulary, tokens.roll(-1))
+        found.append(torch.autograd.grad(loss, parameters))
+        # Hooks of the host's memory lie over these: what they take, these do not see.
+        inputs.append(sum(shape == states.shape for shape in moved))
+    assert inputs[0] - inputs[1] == 2, "the inputs of two layers"
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_recomputed_layers_are_computed_again() -> None:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,18 @@ from tiny import tensors, write_tiny, write_weights
 from torch import Tensor
 
 from lamina.errors import CheckpointError, ModelError
+from lamina.model.architecture import read_config
 from lamina.model.checkpoint import stored_tensors
-from lamina.model.merged import Merged, write_merged
-from lamina.model.weights import load_model
+from lamina.model.merged import Merged, Piece, as_stored
+from lamina.model.merged import write_merged as write_pieces
+from lamina.model.weights import load_model, used_tensors
+
+
+def write_merged(base: Path, out: Path, update: Callable[[str, Tensor], Tensor], **options: int) -> Merged:
+    """Writes every tensor of a base passed through ``update``."""
+    stored = used_tensors(base, read_config(base)).values()
+    pieces = [Piece(as_stored(one).forms, lambda one=one: {one.name: update(one.name, one.read())}) for one in stored]
+    return write_pieces(base, out, pieces, **options)
 
 
 def same(name: str, value: Tensor) -> Tensor:
@@ -170,10 +180,13 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from lamina.errors import CheckpointError
-from lamina.model.merged import write_merged
+from lamina.model.checkpoint import stored_tensors
+from lamina.model.merged import as_stored, write_merged
+base = Path(sys.argv[1])
+pieces = [as_stored(tensor) for tensor in stored_tensors(base).values()]
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # the kernel refuses to write beyond
 try:
-    write_merged(Path(sys.argv[1]), Path(sys.argv[2]), lambda name, value: value)
+    write_merged(base, Path(sys.argv[2]), pieces)
 except CheckpointError as error:
     sys.exit(str(error))
 """
@@ -197,16 +210,22 @@ def test_folder_that_cannot_be_made(base: Path, tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from lamina.model.merged import write_merged
+from lamina.model.checkpoint import stored_tensors
+from lamina.model.merged import Piece, as_stored, write_merged
 
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 
 out = Path(sys.argv[1]).parent
-write_merged(Path(sys.argv[2]), out / "first", lambda name, value: value)
+def pieces(base, update):
+    stored = stored_tensors(base).values()
+    return [Piece(as_stored(one).forms, lambda one=one: {one.name: update(one.read())}) for one in stored]
+
+write_merged(Path(sys.argv[2]), out / "first", pieces(Path(sys.argv[2]), lambda value: value))
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = status("VmRSS")
-print(write_merged(Path(sys.argv[1]), out / "second", lambda name, value: value.add_(1)).size, status("VmHWM") - before)
+added = pieces(Path(sys.argv[1]), lambda value: value.add_(1))
+print(write_merged(Path(sys.argv[1]), out / "second", added).size, status("VmHWM") - before)
 """
 
 

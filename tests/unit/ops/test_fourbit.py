@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamina.ops import fourbit
+from lamina.ops import fourbit, library
 from lamina.ops.blockwise import BLOCK, Kind, dequantise_4bit, quantise_4bit
 from lamina.ops.fourbit import FourBit, four_bit_bytes
 
@@ -164,9 +164,9 @@ def _no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import bitsandbytes.cextension as extension
 
     monkeypatch.setattr(extension, "lib", extension.ErrorHandlerMockBNBNativeLibrary("not loaded"))
-    fourbit._library.cache_clear()
+    library.library_for.cache_clear()
     yield
-    fourbit._library.cache_clear()
+    library.library_for.cache_clear()
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -182,7 +182,7 @@ def test_without_the_library_the_bits_are_the_same(double: bool, request: pytest
 
 @pytest.mark.slow
 def test_importing_bitsandbytes_says_nothing() -> None:
-    code = "from lamina.ops import fourbit; assert fourbit._library('cpu') and not fourbit._library('mps')"
+    code = "from lamina.ops import library; assert library.library_for('cpu') and not library.library_for('mps')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
 

@@ -6,6 +6,7 @@ from models import error
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina.ops.frozen import Dense
 from lamina.ops.lora import adapted_linear, plain
 
 SCALE = 1.7  # no power of two, so that a scale in the wrong place would show in the bits
@@ -26,7 +27,7 @@ def test_gradients_without_dropout(with_bias: bool, x_learns: bool) -> None:
     x, _, weight, bias, a, b = operands(torch.float64)
 
     def op(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return adapted_linear(x, x, weight, bias if with_bias else None, a, b, SCALE)
+        return adapted_linear(x, x, Dense(weight), bias if with_bias else None, a, b, SCALE)
 
     inputs = (x.requires_grad_(x_learns), a.requires_grad_(), b.requires_grad_())
     assert torch.autograd.gradcheck(op, inputs)
@@ -38,7 +39,7 @@ def test_gradients_with_dropout(x_learns: bool, dropped_learns: bool) -> None:
     x, dropped, weight, bias, a, b = operands(torch.float64)
 
     def op(x: Tensor, dropped: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return adapted_linear(x, dropped, weight, bias, a, b, SCALE)
+        return adapted_linear(x, dropped, Dense(weight), bias, a, b, SCALE)
 
     inputs = (
         x.requires_grad_(x_learns),
@@ -51,7 +52,7 @@ def test_gradients_with_dropout(x_learns: bool, dropped_learns: bool) -> None:
 
 def test_an_input_that_does_not_learn_gets_no_gradient() -> None:
     x, dropped, weight, _, a, b = operands(torch.float32)
-    adapted_linear(x, dropped, weight, None, a.requires_grad_(), b.requires_grad_(), SCALE).sum().backward()
+    adapted_linear(x, dropped, Dense(weight), None, a.requires_grad_(), b.requires_grad_(), SCALE).sum().backward()
     assert x.grad is None and dropped.grad is None and weight.grad is None
     assert a.grad is not None and b.grad is not None
 
@@ -60,15 +61,18 @@ def test_an_input_that_does_not_learn_gets_no_gradient() -> None:
 @pytest.mark.parametrize(("tokens", "inputs", "outputs", "rank"), [(1, 8, 8, 1), (33, 65, 17, 5), (128, 96, 160, 16)])
 def test_fp32_bits_are_those_of_the_formula(tokens: int, inputs: int, outputs: int, rank: int, with_bias: bool) -> None:
     x, dropped, weight, bias, a, b = operands(torch.float32, tokens, inputs, outputs, rank)
-    given = (weight, bias if with_bias else None, a, b, SCALE)
-    assert torch.equal(adapted_linear(x, x, *given), plain(x, x, *given))
-    assert torch.equal(adapted_linear(x, dropped, *given), plain(x, dropped, *given))
+    given = (bias if with_bias else None, a, b, SCALE)
+    assert torch.equal(adapted_linear(x, x, Dense(weight), *given), plain(x, x, weight, *given))
+    assert torch.equal(adapted_linear(x, dropped, Dense(weight), *given), plain(x, dropped, weight, *given))
 
 
 def gradients(op: object, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, upstream: Tensor) -> dict[str, Tensor]:
     x, a, b = (tensor.detach().requires_grad_() for tensor in (x, a, b))
     assert callable(op)
-    out = op(x, x, weight, None, a.to(x.dtype) if op is plain else a, b.to(x.dtype) if op is plain else b, SCALE)
+    if op is plain:
+        out = plain(x, x, weight, None, a.to(x.dtype), b.to(x.dtype), SCALE)
+    else:
+        out = op(x, x, Dense(weight), None, a, b, SCALE)
     out.backward(upstream.to(out.dtype))
     assert x.grad is not None and a.grad is not None and b.grad is not None
     return {"out": out.detach(), "x": x.grad, "a": a.grad, "b": b.grad}
@@ -90,7 +94,7 @@ def test_error_is_at_most_that_of_the_formula(dtype: torch.dtype) -> None:
 def test_masters_of_a_bf16_model_get_fp32_gradients() -> None:
     x, _, weight, _, a, b = operands(torch.float32)
     x, weight = x.bfloat16(), weight.bfloat16()
-    out = adapted_linear(x, x, weight, None, a.requires_grad_(), b.requires_grad_(), SCALE)
+    out = adapted_linear(x, x, Dense(weight), None, a.requires_grad_(), b.requires_grad_(), SCALE)
     out.sum().backward()
     assert out.dtype == torch.bfloat16
     assert a.grad is not None and a.grad.dtype == torch.float32
@@ -100,7 +104,7 @@ def test_masters_of_a_bf16_model_get_fp32_gradients() -> None:
 def test_b_zero_is_the_base_and_only_b_learns() -> None:
     x, _, weight, bias, a, b = operands(torch.float32)
     a, b = a.requires_grad_(), torch.zeros_like(b).requires_grad_()
-    out = adapted_linear(x, x, weight, bias, a, b, SCALE)
+    out = adapted_linear(x, x, Dense(weight), bias, a, b, SCALE)
     assert torch.equal(out, F.linear(x, weight, bias))
     out.sum().backward()
     assert a.grad is not None and not a.grad.any()

@@ -59,7 +59,7 @@ def _rows(model: Decoder, data: Any) -> str:
     from lamina.data.pack import pack
     from lamina.training.order import rows_of_step
 
-    batches = pack([data[row] for row in rows_of_step(0, 8, 8, 0)], TRAINING.micro_batch_tokens)
+    batches = pack([data[row] for row in rows_of_step(0, 8, 8, 0)], TRAINING.portion)
     return ", ".join(map(str, sorted(row for batch in batches for row in batch.rows)))
 
 

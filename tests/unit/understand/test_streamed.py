@@ -14,7 +14,7 @@ from lamina.adapter import LoRA, adapted, attach
 from lamina.adapter_files import fingerprint, outline_adapter, save_adapter
 from lamina.data.pack import pack
 from lamina.model.weights import outline
-from lamina.understand.streamed import streamed_logits, weights_of
+from lamina.understand.streamed import streamed_logits
 
 LAYOUT = LoRA(rank=4, targets=("q_proj", "mlp.up_proj", "down_proj"), rank_pattern={"up_proj": 2}, layers="1-2")
 
@@ -36,7 +36,7 @@ def test_the_bits_are_those_of_the_whole_model(family: str, dtype: torch.dtype, 
 
     sketch, stored = outline(tmp_path, dtype)
     cpu = torch.device("cpu")
-    base = torch.cat(streamed_logits(sketch, weights_of(stored, {}), batches, rows, cpu))
+    base = torch.cat(streamed_logits(sketch, stored, {}, batches, rows, cpu))
     assert torch.equal(base, whole())
 
     for module in attach(model, LAYOUT).values():
@@ -44,7 +44,7 @@ def test_the_bits_are_those_of_the_whole_model(family: str, dtype: torch.dtype, 
     save_adapter(model, tmp_path / "adapter", LAYOUT, "some/base")
     tensors = outline_adapter(sketch, tmp_path / "adapter", fingerprint(model))
     assert adapted(sketch).keys() == adapted(model).keys()
-    found = torch.cat(streamed_logits(sketch, weights_of(stored, tensors), batches, rows, cpu))
+    found = torch.cat(streamed_logits(sketch, stored, tensors, batches, rows, cpu))
     assert torch.equal(found, whole())
     assert not torch.equal(found, base)
     assert all(parameter.is_meta for parameter in sketch.parameters()), "nothing stays in memory"

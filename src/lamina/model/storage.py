@@ -1,0 +1,111 @@
+"""How a checkpoint stores the weights of its linears: as numbers, or quantised by bitsandbytes, as transformers saves it.
+
+A linear in four bits is a group of tensors: ``weight`` (two numbers a byte), ``weight.absmax``, ``weight.quant_map``, with double
+quantisation ``weight.nested_absmax`` and ``weight.nested_quant_map``, and a JSON object as bytes that says how they belong
+together, ``weight.quant_state.bitsandbytes__nf4``. In eight bits (LLM.int8) it is ``weight``, ``SCB`` and ``weight_format``.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lamina.errors import ModelError
+from lamina.model.checkpoint import Stored
+from lamina.model.quantised import Base, QuantisedLinear, device_of
+from lamina.ops.fourbit import FourBit
+from lamina.ops.int8 import Int8
+
+_PART = re.compile(
+    r"(?P<path>.*)\.(?P<part>weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
+    r"|SCB|weight_format)"
+)
+_STATE = "weight.quant_state.bitsandbytes__"
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """The form in which a checkpoint already stores its linears."""
+
+    base: Base
+    double: bool
+
+
+def parts_of(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    """The tensors of each linear that is stored quantised, by its path and then by the end of their name."""
+    groups: dict[str, dict[str, Stored]] = {}
+    for name, tensor in stored.items():
+        if match := _PART.fullmatch(name):
+            groups.setdefault(match["path"], {})[match["part"]] = tensor
+    for path, parts in groups.items():
+        if (weight := stored.get(f"{path}.weight")) is not None:
+            parts["weight"] = weight
+    return groups
+
+
+def form_stored(folder: Path, stored: Mapping[str, Stored]) -> StoredForm | None:
+    """The form in which a checkpoint stores its linears; None where they are plain numbers.
+
+    Raises:
+        ModelError: several forms in one checkpoint, or one that is not computed.
+    """
+    groups = parts_of(stored)
+    if not groups:
+        return None
+    kinds = {_kind(parts) for parts in groups.values()}
+    doubled = {"weight.nested_absmax" in parts for parts in groups.values()}
+    match sorted(kinds):
+        case ["nf4" | "fp4" | "int8" as kind] if len(doubled) == 1:
+            return StoredForm(kind, doubled.pop())
+    raise ModelError(
+        f"{folder}: linears stored as {', '.join(sorted(kinds))}, expected all of them in one of nf4, fp4, int8 by bitsandbytes"
+    )
+
+
+def fill(linear: QuantisedLinear, parts: Mapping[str, Stored], where: str) -> None:
+    """Fills a linear with what the checkpoint stores, as it is.
+
+    Raises:
+        ModelError: parts are missing, or do not fit.
+    """
+    device = device_of(linear)
+
+    def read(part: str) -> Tensor:
+        if part not in parts:
+            raise ModelError(
+                f"{where}: found {', '.join(sorted(parts))}, expected {part} beside them; download it again"
+            )
+        return parts[part].read()
+
+    try:
+        match linear.form:
+            case Int8() as form:
+                form.from_bitsandbytes(read("weight").to(device), read("SCB").to(device))
+            case FourBit() as form:
+                read_all = [read("weight"), read("weight.absmax"), read("weight.quant_map")]
+                nested = (
+                    [read(f"weight.{name}") for name in ("nested_absmax", "nested_quant_map")] if form.nested else []
+                )
+                packed, absmax, code, *doubled = [tensor.to(device) for tensor in read_all + nested]
+                nested_absmax, nested_code = doubled or (None, None)
+                form.load_stored(packed, absmax, code, nested_absmax, nested_code, _state(parts))
+    except ValueError as error:
+        raise ModelError(f"{where}: {error}") from None
+
+
+def _kind(parts: Mapping[str, Stored]) -> str:
+    if "SCB" in parts:
+        return "int8"
+    return next(
+        (name.removeprefix(_STATE) for name in parts if name.startswith(_STATE)), "a form without its quant_state"
+    )
+
+
+def _state(parts: Mapping[str, Stored]) -> dict[str, Any]:
+    tensor = next(part for name, part in parts.items() if name.startswith(_STATE))
+    state: dict[str, Any] = json.loads(bytes(tensor.read().tolist()))
+    return state

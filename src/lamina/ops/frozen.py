@@ -1,0 +1,111 @@
+"""A frozen weight W [out, in] behind three products, however it is stored.
+
+LoRA needs two things of W: x·Wᵀ on the way forward, and grad·W on the way back, to the input. No gradient of W is ever
+taken, so nothing here asks W to be a tensor of the dtype in which the model computes. ``Dense`` is the plain form; the others
+(``fourbit``, ``int8``, ``fp8``) store fewer bits and are modules with buffers. A form that makes dense numbers again makes
+them in ``SharedBuffer``, one buffer for the whole model: at any time one matrix is dense, and no memory is asked for in a step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamina.ops.shapes import Float
+
+
+@runtime_checkable  # so that the tests can check the annotations that name it
+class Frozen(Protocol):
+    """A frozen weight W [out, in]."""
+
+    def multiply(self, x: Float[Tensor, "*N inputs"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "*N out"]:
+        """Computes x·Wᵀ + b in x's dtype."""
+        ...
+
+    def multiply_back(self, grad: Float[Tensor, "N out"]) -> Float[Tensor, "N inputs"]:
+        """Computes grad·W: the gradient of the input."""
+        ...
+
+    def dense(self) -> Float[Tensor, "out inputs"]:
+        """W as the products see it, in the dtype of the computation; where it had to be made, it lies in memory that the
+        next product or ``dense`` of the model overwrites."""
+        ...
+
+
+@runtime_checkable
+class Quantised(Frozen, Protocol):
+    """A frozen weight that is stored in another form than its numbers; a module with buffers and no parameters."""
+
+    @property
+    def kind(self) -> str:
+        """The name of the form, as the setting ``base`` has it."""
+        ...
+
+    dtype: torch.dtype
+    """In which ``dense`` gives it, and to which a weight is rounded before it is quantised."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored form."""
+        ...
+
+    def store(self, weight: Tensor) -> None:
+        """Quantises a weight [out, in] of any float dtype into place."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A weight that is stored as it is computed with."""
+
+    weight: Tensor
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        return grad @ self.weight
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+
+Scratch = Callable[[int, torch.dtype, torch.device], Tensor]
+"""Lends memory [numel] of a dtype on a device until its next call, with whatever is in it."""
+
+
+class SharedBuffer:
+    """Scratch memory for all forms of a model: one buffer, which grows to the largest matrix and stays."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The first ``numel`` elements of the buffer, [numel], with whatever is in them."""
+        size = numel * dtype.itemsize
+        if self._buffer.numel() < size or self._buffer.device != device:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._buffer[:size].view(dtype)
+
+
+def frozen_linear(
+    x: Float[Tensor, "*N inputs"], weight: Frozen, bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "*N out"]:
+    """Computes x·Wᵀ + b; the gradient goes to x only."""
+    if not torch.is_grad_enabled():
+        return weight.multiply(x, bias)
+    return _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Frozen, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return weight.multiply(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.weight.multiply_back(grad), None, None

@@ -1,0 +1,97 @@
+"""How long a run will take, before its model is loaded: one layer of its shape is built, trained on random numbers, and timed.
+
+A step's time is nearly linear in its tokens and in the layers: t = N·(layers·layer + rest), where ``rest`` is the
+last norm and the loss. Both are measured on this machine, with the form of the base, the rank and the dtype of the run, so
+that nothing has to be known about the processor. What the estimate leaves out: a first step's warm-up, and other work on the
+machine.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lamina.adapter import LoRA, attach
+from lamina.model.architecture import Architecture
+from lamina.model.decoder import Decoder, angles
+from lamina.model.quantised import QuantisedLinear, linears_of, quantise_leaves
+from lamina.model.weights import DTYPES, ModelSettings, pick_device
+from lamina.ops.attention import Packed
+from lamina.ops.loss import cross_entropy_sum
+
+TOKENS = 512
+"""Tokens of the micro-batch that is timed, at most: enough for GEMMs at their usual speed, few enough for seconds in all."""
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds per token of a training step."""
+
+    layer: float
+    """Forward and backward of one layer."""
+    rest: float
+    """Last norm and loss, where every token is a target."""
+
+    def seconds(self, tokens: int, layers: int, recomputed: int = 0) -> float:
+        """The time of so many tokens through so many layers; a recomputed one costs its forward, a third, once more."""
+        return tokens * (self.layer * (layers + recomputed / 3) + self.rest)
+
+
+def calibrate(architecture: Architecture, settings: ModelSettings, lora: LoRA, tokens: int) -> Pace:
+    """Times forward and backward of one layer, and of the loss.
+
+    Args:
+        tokens: of a usual micro-batch.
+    """
+    tokens = min(tokens, TOKENS, architecture.max_position)
+    model = _one_layer(architecture, settings, lora)
+    device, dtype = model.vocabulary.device, model.vocabulary.dtype
+    x = torch.randn(tokens, architecture.width, device=device).to(dtype).requires_grad_()
+    turns = angles(architecture.rope, architecture.head_width, torch.arange(tokens, device=device), dtype)
+    targets = torch.arange(tokens, device=device) % architecture.vocabulary
+    attend = Packed([tokens])
+
+    def layer() -> Tensor:
+        out: Tensor = model.model.layers[0](x, *turns, attend)
+        return out.sum()
+
+    def rest() -> Tensor:
+        return cross_entropy_sum(model.model.norm(x), model.vocabulary, targets)[0]
+
+    return Pace(_best(layer, device) / tokens, _best(rest, device) / tokens)
+
+
+def _one_layer(architecture: Architecture, settings: ModelSettings, lora: LoRA) -> Decoder:
+    """A model of one layer with random weights and an adapter."""
+    small = replace(architecture, layers=1, windows=architecture.windows[:1])
+    dtype, device = DTYPES[settings.dtype], pick_device(settings.device)
+    with torch.device("meta"):
+        model = Decoder(small).to(dtype).requires_grad_(False)
+    if settings.form is not None:
+        quantise_leaves(model, settings.form, settings.double_quant, dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02, generator=generator)
+    for linear in linears_of(model).values():
+        if isinstance(linear, QuantisedLinear):
+            shape = (linear.out_features, linear.in_features)
+            linear.form.store(torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator))
+    attach(model, replace(lora, layers="all"))
+    return model.train()
+
+
+def _best(forward: Callable[[], Tensor], device: torch.device) -> float:
+    """The least of some times of forward and backward, in seconds."""
+    times = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        forward().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times)

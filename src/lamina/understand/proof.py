@@ -1,0 +1,100 @@
+"""What a merge did, and how we know: matrix by matrix, and on held-out rows against what was trained.
+
+Of every adapted matrix: how large the update is, how far the merged matrix is from the one that base and adapter made in
+training, and which share of the update is left after rounding. A weak update can vanish in the rounding, and a base that was
+trained on in four bits is another base in sixteen: both show here, in numbers, before anybody wonders about answers.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lamina.understand.difference import Difference
+
+Policy = Literal["original", "dequantised", "requantised"]
+
+SAID: dict[Policy, str] = {
+    "original": "added to the weights as they are stored",
+    "dequantised": "added to the weights that training saw, made dense again",
+    "requantised": "added, and the sum quantised in the form of the base",
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What merging did to one matrix; W is what training saw, ΔW = s·B·A, W' what was written."""
+
+    name: str
+    relative: float
+    """‖ΔW‖/‖W‖, Frobenius norms."""
+    error: float
+    """‖W' - (W + ΔW)‖/‖W‖: how far the merged matrix is from what base and adapter make together."""
+    survived: float
+    """Share of the update that is left: ⟨W' - W₀, ΔW⟩/‖ΔW‖² with W₀ the merged matrix of no update; 1 when nothing is lost."""
+
+    @property
+    def layer(self) -> int:
+        return int(self.name.split(".")[2])
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """What was written and what was proved; also in ``lamina_merge.json`` beside the weights."""
+
+    folder: Path
+    adapter: str
+    policy: Policy
+    matrices: tuple[Matrix, ...]
+    difference: Difference | None
+    not_compared: str = ""
+    """Why there is no difference."""
+
+    @property
+    def survived(self) -> float:
+        """Mean over the matrices of the share of the update that survived."""
+        return statistics.fmean(matrix.survived for matrix in self.matrices)
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """A head and a row for each layer: medians over its matrices, and the matrix of which least survived."""
+        layers: dict[int, list[Matrix]] = {}
+        for matrix in self.matrices:
+            layers.setdefault(matrix.layer, []).append(matrix)
+        head = ("layer", "matrices", "‖ΔW‖/‖W‖", "error/‖W‖", "survived", "least survived")
+        return head, [_row(layer, members) for layer, members in layers.items()]
+
+    def lines(self) -> list[str]:
+        """The record in sentences."""
+        largest = max(self.matrices, key=lambda matrix: matrix.relative)
+        weakest = min(self.matrices, key=lambda matrix: matrix.survived)
+        farthest = max(self.matrices, key=lambda matrix: matrix.error)
+        said = [
+            f"merged {self.adapter} into {len(self.matrices)} matrices, {self.policy} ({SAID[self.policy]}): {self.folder}",
+            f"largest update: {100 * largest.relative:.3g} % of the norm of {largest.name}",
+            f"share of the update that survived rounding: {self.survived:.1%} on average, {weakest.survived:.1%} in {weakest.name}",
+            f"farthest from base + adapter: {100 * farthest.error:.3g} % of the norm of {farthest.name}",
+        ]
+        if self.difference is None:
+            return [*said, f"not compared: {self.not_compared}"]
+        return said + self.difference.lines()
+
+    def as_json(self) -> dict[str, Any]:
+        """The record for machines."""
+        return {
+            "adapter": self.adapter,
+            "policy": self.policy,
+            "survived": self.survived,
+            "difference": None if self.difference is None else self.difference.as_json(),
+            "not_compared": self.not_compared or None,
+            "matrices": [asdict(matrix) for matrix in self.matrices],
+        }
+
+
+def _row(layer: int, members: Sequence[Matrix]) -> tuple[str, ...]:
+    relative, error, survived = (
+        statistics.median(getattr(matrix, name) for matrix in members) for name in ("relative", "error", "survived")
+    )
+    weakest = min(members, key=lambda matrix: matrix.survived)
+    least = f"{weakest.survived:.1%} {weakest.name.rsplit('.', 1)[1]}"
+    return str(layer), str(len(members)), f"{relative:.2e}", f"{error:.2e}", f"{survived:.1%}", least

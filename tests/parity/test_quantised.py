@@ -1,0 +1,187 @@
+"""Quantised bases against transformers + bitsandbytes + PEFT: the same stored bits, the same logits, files both ways."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import error, peft_model, places, some_tokens
+from tiny import write_tiny
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamina.adapter import LoRA, adapted, attach
+from lamina.adapter_files import save_adapter
+from lamina.errors import ConfigError, ModelError
+from lamina.model.decoder import Decoder
+from lamina.model.quantised import QuantisedLinear, linears_of
+from lamina.model.weights import DTYPES, load_model
+from lamina.ops.attention import Packed
+from lamina.ops.library import bitsandbytes
+
+# Rows of whole blocks: bitsandbytes 0.50.2 dequantises others wrongly on AVX-512.
+SIZE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_key_value_heads": 2}
+FORMS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
+LORA = LoRA(rank=4, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
+
+
+def base(place: Path, stored: torch.dtype = torch.bfloat16) -> Path:
+    return write_tiny(place / "base", stored, **SIZE)
+
+
+def hosted(folder: Path, dtype: torch.dtype, kind: str | None = None, double: bool = True) -> Any:
+    """The model in transformers; quantised by bitsandbytes while loading, where ``kind`` says so."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    bitsandbytes()  # its first import warns of an optional package
+    config = None
+    if kind is not None:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=config, device_map="cpu"
+    ).eval()
+
+
+def logits(model: Decoder, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.linear(model(tokens, places([len(tokens)]), Packed([len(tokens)])), model.vocabulary)
+
+
+def theirs(model: Any, tokens: Tensor) -> Tensor:
+    return with_gradient(model, tokens).detach()
+
+
+def with_gradient(model: Any, tokens: Tensor) -> Tensor:
+    """Their logits as training computes them (``prepare_model_for_kbit_training``): where the input of a linear has no
+    gradient, bitsandbytes takes another kernel, which rounds to bf16."""
+    embedded = model.get_input_embeddings()(tokens[None]).detach().requires_grad_()
+    found: Tensor = model(inputs_embeds=embedded).logits[0]
+    return found
+
+
+def ids(count: int = 40) -> Tensor:
+    return some_tokens([count]) % 64
+
+
+@pytest.mark.parametrize(("kind", "double"), FORMS)
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_logits_are_those_of_bitsandbytes_bit_for_bit_in_fp32(
+    kind: str, double: bool, stored: torch.dtype, tmp_path: Path
+) -> None:
+    folder = base(tmp_path, stored)
+    model = load_model(folder, "fp32", "cpu", base=kind, double_quant=double)
+    assert all(isinstance(linear, QuantisedLinear) for linear in linears_of(model).values())
+    assert torch.equal(logits(model, ids()), theirs(hosted(folder, torch.float32, kind, double), ids()))
+
+
+@pytest.mark.parametrize(("kind", "double"), FORMS)
+def test_an_adapter_gives_the_same_logits_in_peft_over_bitsandbytes(kind: str, double: bool, tmp_path: Path) -> None:
+    """bf16: the error to the fp32 truth, with the same four-bit weights, is at most 1.2 times theirs."""
+    folder = base(tmp_path)
+    model = load_model(folder, "bf16", "cpu", base=kind, double_quant=double)
+    for module in attach(model, LORA).values():
+        torch.nn.init.normal_(module.b, std=0.1)
+    save_adapter(model, tmp_path / "adapter", LORA, str(folder))
+    ours = logits(model, ids())
+    guest = peft_model(hosted(folder, torch.bfloat16, kind, double), tmp_path / "adapter")
+
+    wide = load_model(folder, "bf16", "cpu", base=kind, double_quant=double)
+    dense = {f"{path}.weight": linear.form.dense().float() for path, linear in linears_of(wide).items()}  # type: ignore[union-attr]
+    truth = load_model(folder, "fp32", "cpu")
+    for name, weight in dense.items():
+        truth.get_parameter(name).data.copy_(weight)
+    for name, parameter in truth.named_parameters():
+        if name not in dense:
+            parameter.data.copy_(wide.get_parameter(name))
+    for path, module in attach(truth, LORA).items():
+        module.load_state_dict(
+            {name: value for name, value in adapted(model)[path].state_dict().items() if name in "ab"}, strict=False
+        )
+    exact = logits(truth, ids())
+    assert error(ours, exact) <= 1.2 * error(theirs(guest, ids()), exact)
+    assert error(ours, exact) < 0.05
+
+
+@pytest.mark.parametrize(("kind", "double"), FORMS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_what_transformers_saved_in_four_bits_loads_as_it_is(
+    kind: str, double: bool, dtype: Any, tmp_path: Path
+) -> None:
+    folder = base(tmp_path)
+    hosted(folder, DTYPES[dtype], kind, double).save_pretrained(tmp_path / "saved")
+    found = load_model(tmp_path / "saved", dtype, "cpu")
+    made = load_model(folder, dtype, "cpu", base=kind, double_quant=double)
+    for path, linear in linears_of(found).items():
+        buffers = dict(linears_of(made)[path].named_buffers())
+        assert buffers, path
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in linear.named_buffers()), path
+    assert torch.equal(logits(found, ids()), logits(made, ids()))
+
+
+def test_what_transformers_saved_in_eight_bits_loads_as_it_is(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    bitsandbytes()
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    folder = base(tmp_path)
+    guest = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
+    )
+    guest.save_pretrained(tmp_path / "saved")
+    model = load_model(tmp_path / "saved", "fp32", "cpu")
+    theirs_up = guest.model.layers[1].mlp.up_proj.weight
+    ours_up = linears_of(model)["model.layers.1.mlp.up_proj"].form.dense()  # type: ignore[union-attr]
+    expected = theirs_up.data.float() * theirs_up.SCB[:, None] / 127
+    # One product in fp32 against two: two roundings apart.
+    torch.testing.assert_close(ours_up, expected, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+
+
+def test_a_stored_form_is_not_turned_into_another(tmp_path: Path) -> None:
+    hosted(base(tmp_path), torch.bfloat16, "nf4").save_pretrained(tmp_path / "saved")
+    for other in ("bf16", "fp4", "int8"):
+        with pytest.raises(
+            ConfigError, match=f"base: found {other}, but .*saved stores its linears in nf4; leave base out"
+        ):
+            load_model(tmp_path / "saved", "bf16", "cpu", base=other)
+
+
+def test_a_damaged_group_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    hosted(base(tmp_path), torch.bfloat16, "nf4").save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight.absmax"]
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj: found .*, expected weight.absmax beside them"):
+        load_model(tmp_path / "saved", "bf16", "cpu")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"do not fit config.json: .*model.layers.1.mlp.up_proj"):
+        load_model(tmp_path / "saved", "bf16", "cpu")
+
+
+def test_gradients_through_the_same_four_bits(tmp_path: Path) -> None:
+    """fp32: the adapter's gradients are within 1e-5 of PEFT's over bitsandbytes, the project's gate."""
+    folder = base(tmp_path)
+    model = load_model(folder, "fp32", "cpu", base="nf4")
+    for module in attach(model, LORA).values():
+        torch.nn.init.normal_(module.b, std=0.1)
+    save_adapter(model, tmp_path / "adapter", LORA, str(folder))
+    guest = peft_model(hosted(folder, torch.float32, "nf4"), tmp_path / "adapter", is_trainable=True)
+    tokens = ids()
+    states = model(tokens, places([len(tokens)]), Packed([len(tokens)]))
+    F.cross_entropy(F.linear(states, model.vocabulary)[:-1], tokens[1:]).backward()
+    F.cross_entropy(with_gradient(guest, tokens)[:-1], tokens[1:]).backward()
+    gradients = {name: parameter.grad for name, parameter in guest.named_parameters() if parameter.requires_grad}
+    assert len(gradients) == 2 * len(adapted(model))
+    for path, module in adapted(model).items():
+        for factor, parameter in (("A", module.a), ("B", module.b)):
+            expected = gradients[f"base_model.model.{path}.lora_{factor}.default.weight"]
+            assert parameter.grad is not None and expected is not None
+            assert error(parameter.grad, expected) < 1e-5, (path, factor)
