@@ -134,6 +134,14 @@ def before_after(
         console.print(examples)
 
 
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], stream: Stream) -> None:
+    """Prints a table."""
+    shown = _table(*columns)
+    for row in rows:
+        shown.add_row(*map(_cell, row))
+    _console(stream).print(shown)
+
+
 class _Piped(Console):
     """Leaves it to the command line to end when the reader goes away: rich itself would, with status 1."""
 
