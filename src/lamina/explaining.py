@@ -13,7 +13,7 @@ from lamina.errors import AdapterError, CheckpointError, ConfigError, DataError
 from lamina.evaluation import evaluate
 from lamina.job import base_folder, read_job
 from lamina.model.architecture import read_config
-from lamina.model.checkpoint import Stored, stored_tensors
+from lamina.model.checkpoint import Stored, stored_tensors, summary
 from lamina.model.fingerprint import stored_fingerprint
 from lamina.model.weights import ModelSettings, used_tensors
 from lamina.opened import adapter_folder, held_out_of, open_run
@@ -34,7 +34,7 @@ def explain(
     """Explains the adapter of a run, or any LoRA adapter in PEFT's format.
 
     ΔW is never formed, and neither adapter nor base is ever in memory as a whole, unless losses are measured. Llama-2-7B with rank
-    64 on all linears takes under a minute on two cores without its base.
+    64 on all linears takes about a minute on two cores without its base.
 
     Args:
         name: folder of a run, whose base is its job's; or of an adapter, whose base need not be known.
@@ -96,19 +96,16 @@ def _open(name: Path, best: bool) -> AdapterFile:
 def _weights(folder: Path, adapter: AdapterFile) -> dict[str, Stored]:
     """Where the adapted matrices of a base are stored, by the path of their module."""
     stored = stored_tensors(folder)
-    problems = []
+    missing = [f"{path}.weight" for path in adapter.shapes if f"{path}.weight" not in stored]
+    problems = [f"missing {len(missing)}: {summary(missing)}"] if missing else []
     for path, shape in adapter.shapes.items():
         tensor = stored.get(f"{path}.weight")
-        if tensor is None:
-            problems.append(f"no {path}.weight")
-        elif tensor.shape != shape:
+        if tensor is not None and tensor.shape != shape:
             problems.append(f"{tensor.name} has shape {list(tensor.shape)}, the adapter's is {list(shape)}")
-        elif not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        elif tensor is not None and (not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2):
             problems.append(f"{tensor.name} is stored as {tensor.code}, expected F64, F32, F16 or BF16")
     if problems:
-        raise AdapterError(
-            f"{folder}: this base does not fit the adapter {adapter.folder} ({len(problems)} misfits): {'; '.join(problems)}"
-        )
+        raise AdapterError(f"{folder}: this base does not fit the adapter {adapter.folder}: {'; '.join(problems)}")
     if adapter.base is not None:  # written by Lamina, so it computes the base
         architecture = read_config(folder)
         if (own := stored_fingerprint(architecture, used_tensors(folder, architecture))) != adapter.base:

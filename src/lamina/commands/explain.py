@@ -2,7 +2,7 @@
 
 RUN or ADAPTER is the folder of a run, or of any LoRA adapter in PEFT's format. Beside its base (a run's own, or --base) it is
 also said how large the update is against the weights, along which of their directions it lies, and how many intruder dimensions
-it made. Without the base, rank 64 on all linears of a 7B model takes under a minute on two cores; beside it, some minutes more;
+it made. Without the base, rank 64 on all linears of a 7B model takes about a minute on two cores; beside it, some minutes more;
 with --exact, two dense SVDs of every matrix, which are hours."""
 
 import argparse

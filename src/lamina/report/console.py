@@ -136,7 +136,7 @@ def before_after(
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], stream: Stream) -> None:
     """Prints a table."""
-    shown = _table(*columns)
+    shown = _table(*map(clean, columns))
     for row in rows:
         shown.add_row(*map(_cell, row))
     _console(stream).print(shown)
