@@ -90,6 +90,7 @@ __all__ = [
     "attach",
     "detach",
     "evaluate",
+    "explain",
     "fine_tune",
     "generate",
     "load_adapter",
