@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lamina.errors import TrainingError as TrainingError
     from lamina.evaluation import Evaluating as Evaluating
     from lamina.evaluation import evaluate as evaluate
+    from lamina.explaining import explain as explain
     from lamina.generation import Sampling as Sampling
     from lamina.generation import generate as generate
     from lamina.job import Job as Job
@@ -53,6 +54,7 @@ _HOME = {
     "data.render": ("render",),
     "errors": ("AdapterError", "CheckpointError", "ConfigError", "DataError", "Error", "ModelError", "TrainingError"),
     "evaluation": ("Evaluating", "evaluate"),
+    "explaining": ("explain",),
     "generation": ("Sampling", "generate"),
     "job": ("Job", "Watching"),
     "jobfile": ("Head",),
@@ -88,6 +90,7 @@ __all__ = [
     "attach",
     "detach",
     "evaluate",
+    "explain",
     "fine_tune",
     "generate",
     "load_adapter",

@@ -134,14 +134,12 @@ def before_after(
         console.print(examples)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], stream: Stream, right: bool = False) -> None:
-    """Prints a table; ``right`` sets all columns but the first to the right, as numbers want it."""
-    made = _table(*head)
-    for column in made.columns[1:] if right else ():
-        column.justify = "right"
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], stream: Stream) -> None:
+    """Prints a table."""
+    shown = _table(*map(clean, columns))
     for row in rows:
-        made.add_row(*map(_cell, row))
-    _console(stream).print(made)
+        shown.add_row(*map(_cell, row))
+    _console(stream).print(shown)
 
 
 class _Piped(Console):
