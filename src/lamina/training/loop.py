@@ -172,8 +172,11 @@ def train(model: Decoder, examples: Examples, training: Training, state: State, 
 def backward(model: Decoder, batch: Batch, checkpointed: int = 0) -> Tensor:
     """One micro-batch forward and backward: adds its gradient to the adapter's, returns the summed loss."""
     device = model.vocabulary.device
-    hidden = model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), checkpointed)
-    loss, _ = cross_entropy_sum(hidden, model.vocabulary, batch.targets.to(device))
+    loss, _ = cross_entropy_sum(  # the hidden states have no name here: one would keep them through the backward pass
+        model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), checkpointed),
+        model.vocabulary,
+        batch.targets.to(device),
+    )
     loss.backward()
     return loss.detach()
 
