@@ -193,8 +193,11 @@ def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     """One micro-batch forward and backward: adds its gradient to the adapter's, returns the summed loss."""
     device = model.vocabulary.device
     kept = training.checkpoint_layers or 0, training.offload_checkpoints
-    hidden = model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept)
-    loss, _ = cross_entropy_sum(hidden, model.vocabulary, batch.targets.to(device))
+    loss, _ = cross_entropy_sum(  # the hidden states have no name here: one would keep them through the backward pass
+        model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept),
+        model.vocabulary,
+        batch.targets.to(device),
+    )
     loss.backward()
     return loss.detach()
 

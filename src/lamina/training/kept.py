@@ -1,0 +1,204 @@
+"""What a layer keeps for its backward pass, tensor by tensor, from shapes alone.
+
+The functions mirror the operations of ``model/decoder.py`` and ``ops``, one each; where an operation comes to keep something
+else, it is said here once, and the tests of the plan, which compare with torch's own record of its allocations, fail until it
+is. A tensor that several operations keep counts once. Below the lowest adapter nothing needs a gradient, and nothing is kept.
+
+Letters as everywhere: ``N`` packed tokens, ``D`` width, ``F`` MLP width, ``V`` vocabulary, ``R`` rank. Results are bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lamina.model.architecture import Architecture
+from lamina.ops.loss import SLICE
+
+FLOAT, INDEX = 4, 8
+"""Bytes of a number in fp32, in which masters, moments and reductions are kept, and of an index."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What of a run decides its memory, beside the data.
+
+    Args:
+        ranks: rank of each adapted linear by its path, as ``model.layers.0.self_attn.q_proj``.
+        itemsize: bytes of a number in the computation, 2 for bf16 and 4 for fp32.
+        base: the form of the frozen linears of the layers; ``dense`` is the computation's dtype.
+        dropout: whether the adapters' inputs are dropped at random.
+        runtime: what the process takes beside tensors.
+    """
+
+    architecture: Architecture
+    ranks: Mapping[str, int]
+    itemsize: int = 2
+    base: Literal["dense", "nf4", "int8"] = "dense"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    dropout: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    runtime: int = 0
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A micro-batch, and how it is computed.
+
+    Args:
+        lengths: tokens of each of its examples; their sum is N.
+        supervised: how many of the tokens have a target.
+        checkpointed: layers, from the first, that keep only their input.
+        accumulated: whether it follows another one in its step, so that the gradients of all layers are there already.
+    """
+
+    lengths: tuple[int, ...]
+    supervised: int
+    checkpointed: int = 0
+    accumulated: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return sum(self.lengths)
+
+
+def shapes(a: Architecture) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the linears of a layer, by the end of their path, in the order in which they are computed."""
+    query, key = a.heads * a.head_width, a.kv_heads * a.head_width
+    return {
+        "self_attn.q_proj": (query, a.width),
+        "self_attn.k_proj": (key, a.width),
+        "self_attn.v_proj": (key, a.width),
+        "self_attn.o_proj": (a.width, query),
+        "mlp.gate_proj": (a.mlp_width, a.width),
+        "mlp.up_proj": (a.mlp_width, a.width),
+        "mlp.down_proj": (a.width, a.mlp_width),
+    }
+
+
+class Layer:
+    """One layer of a run.
+
+    Args:
+        entering: whether its input needs a gradient, that is, whether an adapter lies below.
+
+    Attributes:
+        leaving: whether its output needs a gradient; where it does not, nothing is kept.
+        attention, norm, mlp: what its first half keeps, the norm after it, and the rest.
+        forward, backward: what the MLP needs beside in either direction, at most.
+        masks: what making the masks of examples longer than the window needs.
+        qk_norms: what is kept when the gradients of the norms of queries and keys are computed, and what they need beside.
+        down_trainable, mlp_trainable, trainable: numbers of A and B, in down_proj, in the MLP and in all.
+    """
+
+    def __init__(self, setup: Setup, portion: Portion, index: int, entering: bool) -> None:
+        self.setup, self.n, self.e = setup, portion.tokens, setup.itemsize
+        self.shapes = shapes(setup.architecture)
+        paths = {name: f"model.layers.{index}.{name}" for name in self.shapes}
+        self.ranks = {name: setup.ranks[path] for name, path in paths.items() if path in setup.ranks}
+        self.entering = entering
+        self.middle = entering or any(name.startswith("self_attn") for name in self.ranks)
+        self.leaving = self.middle or bool(self.ranks)
+        self.qk_norms = 0, 0
+        window = setup.architecture.windows[index]
+        masked = [length for length in portion.lengths if window is not None and length > window]
+        self.attention = self._attention(sum(length * length for length in masked))
+        self.masks = max(masked, default=0) ** 2 * (INDEX + 1)  # distances as indices, and a bool of each
+        self.norm = norm_kept(setup, self.n, setup.architecture.width) if self.middle else 0
+        self.mlp, self.forward, self.backward = self._mlp()
+        self.trainable = sum(self._trainable(name) for name in self.ranks)
+        self.mlp_trainable = sum(self._trainable(name) for name in self.ranks if name.startswith("mlp"))
+        self.down_trainable = sum(self._trainable(name) for name in self.ranks if name == "mlp.down_proj")
+
+    @property
+    def kept(self) -> int:
+        """All that the layer keeps."""
+        return self.attention + self.norm + self.mlp
+
+    @property
+    def shared(self) -> bool:
+        """Whether the layer's input itself is among what the layer keeps, and not only an fp32 copy of it."""
+        return self.entering and norm_itemsize(self.setup) == self.e
+
+    def _attention(self, masked: int) -> int:
+        a, n, e = self.setup.architecture, self.n, self.e
+        names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+        needs = [self.entering or name in self.ranks for name in names]
+        kept = norm_kept(self.setup, n, a.width) if self.entering else 0
+        kept += self._read(names, self.entering)
+        if a.qk_norm:
+            query, key = n * a.heads * needs[0], n * a.kv_heads * needs[1]
+            of_key = norm_kept(self.setup, key, a.head_width)
+            kept += norm_kept(self.setup, query, a.head_width) + of_key
+            # That of the keys comes first, while the gradients of the queries and, through the values, of x wait.
+            first = norm_working(self.setup, key, a.head_width) + query * a.head_width * e
+            then = norm_working(self.setup, query, a.head_width) - of_key
+            self.qk_norms = kept, max(first, then) + n * a.width * e
+        if any(needs):
+            kept += n * (a.heads + 2 * a.kv_heads) * a.head_width * e  # q and k as they were rotated, v
+            kept += n * a.heads * (a.head_width * e + FLOAT)  # the output of each example, log Σ exp of each row
+            kept += masked * e
+        return kept + self._read(["self_attn.o_proj"], any(needs))
+
+    def _mlp(self) -> tuple[int, int, int]:
+        numbers = self.n * self.setup.architecture.mlp_width
+        stream, inner = self.n * self.setup.architecture.width * self.e, numbers * self.e
+        gate, up = (self.middle or f"mlp.{name}_proj" in self.ranks for name in ("gate", "up"))
+        product, down = gate or up, "mlp.down_proj" in self.ranks
+        # Silu keeps gate; the product keeps silu(gate) for the gradient of up, and up for that of silu(gate).
+        kept = inner * (gate + up + gate) + self._read(["mlp.gate_proj", "mlp.up_proj"], self.middle)
+        kept += self._read(["mlp.down_proj"], product)
+        # Forward, beside the residual stream and the MLP's input: both factors and the product, then the product and output.
+        reads = not self.setup.dropout  # with dropout, what an adapted linear keeps is not its input
+        entry = stream * (not (reads and {"mlp.gate_proj", "mlp.up_proj"} & self.ranks.keys()))
+        unkept = inner * (not (reads and down))
+        dropping = (numbers * FLOAT - inner) * (down and not reads)  # the mask is drawn in integers
+        forward = stream + entry + unkept + max(inner * ((not up) + (not gate)), stream, dropping)
+        # Backward: the gradients of the product and of both factors; what down_proj kept is not needed any more.
+        return kept, forward, inner * (product * (not down) + gate + up)
+
+    def _read(self, names: list[str], needs: bool) -> int:
+        """What the adapted ones of some linears keep that read the same input: x once, x·Aᵀ, A and B as they are used.
+
+        With dropout each reads an input of its own, and where the input needs a gradient, the mask of it is kept too.
+        """
+        ranks = {name: self.ranks[name] for name in names if name in self.ranks}
+        if not ranks:
+            return 0
+        own = 0 if self.e == FLOAT else self.e  # in fp32 the masters themselves are used
+        kept = sum(self.n * rank * self.e + self._trainable(name) * own for name, rank in ranks.items())
+        x = self.n * self.shapes[names[0]][1]
+        if not self.setup.dropout:
+            return kept + x * self.e
+        mask = self.e if self.setup.device == "cpu" else 1
+        return kept + len(ranks) * x * (self.e + mask * needs)
+
+    def _trainable(self, name: str) -> int:
+        return self.ranks[name] * sum(self.shapes[name])
+
+
+def norm_itemsize(setup: Setup) -> int:
+    """Bytes of a number of what a norm keeps: on a CPU torch composes it of simpler operations, on an fp32 copy of x."""
+    return FLOAT if setup.device == "cpu" else setup.itemsize
+
+
+def norm_kept(setup: Setup, rows: int, width: int) -> int:
+    """A norm's input, and one number a row."""
+    return rows * (width * norm_itemsize(setup) + FLOAT)
+
+
+def norm_working(setup: Setup, rows: int, width: int) -> int:
+    """What the backward pass of a norm needs beside what is kept: five fp32 tensors of its size on a CPU."""
+    return rows * width * (5 * FLOAT if setup.device == "cpu" else 2 * setup.itemsize)
+
+
+def loss_slices(setup: Setup, supervised: int) -> int:
+    """The logits of the loss: a slice in fp32 with the temporary of its log Σ exp, while the slice before it is alive."""
+    first, second = min(supervised, SLICE), min(max(supervised - SLICE, 0), SLICE)
+    numbers = max(2 * first, first + 2 * second if second else 0)
+    return numbers * setup.architecture.vocabulary * FLOAT
+
+
+def loss_rows(setup: Setup, supervised: int) -> int:
+    """The supervised rows, copied, and the gradient of each."""
+    return 2 * supervised * setup.architecture.width * setup.itemsize + 2 * supervised * INDEX

@@ -1,0 +1,191 @@
+"""The memory of a training run, item by item, known before anything large is loaded.
+
+The peak is the largest of a few moments of a step, and a moment is a sum of what is alive then, so every number of the plan
+can be traced to a tensor (``kept.py``). Rejected: factors fitted to measurements, which are right only where they were
+measured; and running the model on the ``meta`` device, which cannot see what is inside of a kernel and takes as long as a step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from lamina.adapter import LoRA, choose
+from lamina.model.architecture import Architecture
+from lamina.model.decoder import Decoder
+from lamina.training.kept import (
+    FLOAT,
+    INDEX,
+    Layer,
+    Portion,
+    Setup,
+    loss_rows,
+    loss_slices,
+    norm_kept,
+    norm_working,
+    shapes,
+)
+
+NF4 = 0.5 + 1 / 64 + FLOAT / (64 * 256)
+"""Bytes of a number in NF4: a code of four bits, and the scale of 64 of them in a byte, which are scaled by 256 (QLoRA)."""
+EIGHT_BIT = 1 + FLOAT / 256
+"""Bytes of a moment of 8-bit AdamW: one, and the scale of 256 of them."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a step, and the bytes of each item that is alive then; in the order of the table."""
+
+    name: str
+    weights: int
+    adapters: int
+    gradients: int
+    optimiser: int
+    activations: int = 0
+    loss_slices: int = 0
+    buffers: int = 0
+    runtime: int = 0
+
+    @property
+    def items(self) -> dict[str, int]:
+        """Bytes by item."""
+        return {name.replace("_", " "): number for name, number in vars(self).items() if name != "name"}
+
+    @property
+    def total(self) -> int:
+        """All that is alive."""
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The moments of a run's heaviest step, of which the largest is the predicted peak."""
+
+    moments: tuple[Moment, ...]
+    peak: Moment = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "peak", max(self.moments, key=lambda moment: moment.total))
+
+    @property
+    def items(self) -> dict[str, int]:
+        """Bytes of each item at the peak."""
+        return self.peak.items
+
+    @property
+    def total(self) -> int:
+        """The predicted peak in bytes."""
+        return self.peak.total
+
+
+def ranks_of(architecture: Architecture, lora: LoRA) -> dict[str, int]:
+    """The rank of each linear that an adapter is laid on, by its path.
+
+    Raises:
+        ConfigError: as ``attach``.
+    """
+    with torch.device("meta"):
+        model = Decoder(architecture)
+    return {path: lora.rank_of(path) for path in choose(model, lora)}
+
+
+def plan(setup: Setup, *portions: Portion) -> Plan:
+    """Predicts the memory of a run whose heaviest micro-batches are ``portions``.
+
+    A step computes its heaviest micro-batch first, before there are gradients, so two are enough: the heaviest of all, and the
+    heaviest that follows another one.
+    """
+    return Plan(tuple(moment for portion in portions for moment in _moments(setup, portion)))
+
+
+def weights(setup: Setup) -> int:
+    """The frozen base: linears of the layers in their form, all else in the computation's dtype."""
+    a, linears = setup.architecture, shapes(setup.architecture)
+    heads = a.width * a.vocabulary * (1 if a.tied else 2)
+    norms = a.width * (2 * a.layers + 1) + (2 * a.head_width * a.layers if a.qk_norm else 0)
+    biased = {"q_proj": a.qkv_bias, "k_proj": a.qkv_bias, "v_proj": a.qkv_bias, "o_proj": a.output_bias}
+    biases = sum(out for name, (out, _) in linears.items() if biased.get(name.split(".")[1], a.mlp_bias))
+    frozen = a.layers * sum(_frozen(setup, *shape) for shape in linears.values())
+    return frozen + (heads + norms + a.layers * biases) * setup.itemsize
+
+
+def trainable(setup: Setup) -> int:
+    """Numbers of all A and B."""
+    linears = shapes(setup.architecture)
+    return sum(rank * sum(linears[".".join(path.split(".")[3:])]) for path, rank in setup.ranks.items())
+
+
+def _frozen(setup: Setup, outputs: int, inputs: int) -> int:
+    """A frozen matrix in its form; in int8 with a scale for each output."""
+    if setup.base == "nf4":
+        return round(outputs * inputs * NF4)
+    if setup.base == "int8":
+        return outputs * inputs + outputs * FLOAT
+    return outputs * inputs * setup.itemsize
+
+
+def _buffer(setup: Setup) -> int:
+    """The one buffer into which frozen matrices are dequantised: as large as the largest."""
+    if setup.base == "dense":
+        return 0
+    return max(out * inputs for out, inputs in shapes(setup.architecture).values()) * setup.itemsize
+
+
+def _product(setup: Setup, tokens: int, outputs: int, inputs: int) -> int:
+    """What the product with a frozen matrix needs for itself: in int8, the quantised rows and sums of 32 bits."""
+    return tokens * (inputs + FLOAT + outputs * FLOAT) if setup.base == "int8" else 0
+
+
+def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
+    a, n, e = setup.architecture, portion.tokens, setup.itemsize
+    numbers = trainable(setup)
+    optimiser = round(2 * numbers * (EIGHT_BIT if setup.optimizer == "adamw8bit" else FLOAT))
+    alive = partial(
+        Moment, weights=weights(setup), adapters=numbers * FLOAT, optimiser=optimiser, runtime=setup.runtime
+    )
+    gradients = numbers * FLOAT if portion.accumulated else 0
+    yield alive("optimiser step", gradients=numbers * FLOAT)
+
+    layers: list[Layer] = []
+    for index in range(a.layers):
+        layers.append(Layer(setup, portion, index, bool(layers) and layers[-1].leaving))
+    # What is kept below each layer, and below them all: cosine and sine of the positions; tokens, targets and positions.
+    below = [n * a.head_width * e + 3 * n * INDEX]
+    for index, layer in enumerate(layers):
+        kept = n * a.width * e * layer.leaving if index < portion.checkpointed else layer.kept
+        below.append(below[-1] + kept)
+    kept = below[-1] + norm_kept(setup, n, a.width)
+    rows = n * a.width * e + loss_rows(setup, portion.supervised)
+    slices = loss_slices(setup, portion.supervised)
+    yield alive("loss", gradients=gradients, activations=kept + rows, loss_slices=slices, buffers=_buffer(setup))
+    norm = norm_working(setup, n, a.width)
+    yield alive("final norm, backward", gradients=gradients, activations=kept, buffers=_buffer(setup) + norm)
+    for index, layer in enumerate(layers):
+        done = gradients or FLOAT * sum(above.trainable for above in layers[index + 1 :])
+        again = index < portion.checkpointed
+        for name, added, kept, buffers in _layer(setup, layer, again):
+            yield alive(
+                f"layer {index}, {name}",
+                gradients=done + added if again or "backward" in name else gradients,
+                activations=below[index] + kept,
+                buffers=_buffer(setup) + buffers,
+            )
+
+
+def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, int, int]]:
+    """The moments of a layer: name, bytes of its own gradients, what it keeps, and what the moment needs beside."""
+    a, n = setup.architecture, layer.n
+    stream, inner = n * a.width * setup.itemsize, n * a.mlp_width * setup.itemsize
+    frozen = _product(setup, n, a.mlp_width, a.width)
+    entry = stream * (not layer.shared)  # its input, where that is not kept as it is
+    upon = stream * (again and layer.leaving)  # computed again, the gradient of its output is there already
+    yield "masks", 0, layer.attention + entry + upon, layer.masks
+    yield "forward", 0, layer.kept + entry + upon, max(layer.forward, stream + frozen)
+    if layer.leaving:
+        upon = stream + entry * again
+        yield "MLP backward", FLOAT * layer.down_trainable, layer.kept + upon, max(layer.backward, inner + frozen)
+        norm = norm_working(setup, n, a.width) if layer.middle else 0
+        yield "norm backward", FLOAT * layer.mlp_trainable, layer.attention + layer.norm + upon, norm
+        kept, norm = layer.qk_norms
+        yield "query and key norm backward", FLOAT * layer.trainable, kept + upon, norm
