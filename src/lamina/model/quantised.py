@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lamina.model.decoder import Decoder
-from lamina.ops.fourbit import FourBit
-from lamina.ops.fp8 import Fp8
+from lamina.ops.fourbit import FourBit, four_bit_bytes
+from lamina.ops.fp8 import Fp8, fp8_bytes
 from lamina.ops.frozen import Dense, Frozen, Quantised, Scratch, SharedBuffer, frozen_linear
-from lamina.ops.int8 import Int8
+from lamina.ops.int8 import Int8, int8_bytes
 
 Base = Literal["nf4", "fp4", "int8", "fp8"]
 """The forms of a frozen weight beside the plain ones."""
@@ -72,6 +72,13 @@ def quantise_leaves(model: Decoder, base: Base, double: bool, dtype: torch.dtype
         with torch.device("meta"):
             form = _form(base, outputs, inputs, double, dtype, scratch)
         replace(model, path, QuantisedLinear(form, outputs, inputs, linear.bias))
+
+
+def form_bytes(base: Base, double: bool, outputs: int, inputs: int) -> int:
+    """Bytes of a weight in a form."""
+    if base == "int8":
+        return int8_bytes(outputs, inputs)
+    return fp8_bytes(outputs, inputs) if base == "fp8" else four_bit_bytes(outputs, inputs, double)
 
 
 def _form(base: Base, outputs: int, inputs: int, double: bool, dtype: torch.dtype, scratch: Scratch) -> Quantised:

@@ -52,11 +52,7 @@ class _CrossEntropySum(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), SLICE):
             rows = slice(start, start + SLICE)
-            logits = F.linear(hidden[rows], vocabulary)
-            for part, target, loss in _chunks(logits, targets[rows], losses[rows]):
-                _normalise(part, target[:, None], loss, differentiate=gradient is not None)
-            if gradient is not None:
-                torch.mm(logits, vocabulary, out=gradient[rows])
+            _slice(hidden[rows], vocabulary, targets[rows], losses[rows], None if gradient is None else gradient[rows])
         ctx.save_for_backward(gradient)
         return losses.sum()
 
@@ -64,6 +60,15 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None
+
+
+def _slice(hidden: Tensor, vocabulary: Tensor, targets: Tensor, losses: Tensor, gradient: Tensor | None) -> None:
+    """Writes the losses of a slice of rows, and their gradient; its logits are gone before the next slice has any."""
+    logits = F.linear(hidden, vocabulary)
+    for part, target, loss in _chunks(logits, targets, losses):
+        _normalise(part, target[:, None], loss, differentiate=gradient is not None)
+    if gradient is not None:
+        torch.mm(logits, vocabulary, out=gradient)
 
 
 def _chunks(*slices: Tensor) -> Iterator[tuple[Tensor, ...]]:

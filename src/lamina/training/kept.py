@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lamina.model.architecture import Architecture
-from lamina.ops.loss import SLICE
+from lamina.model.quantised import Base
+from lamina.ops.loss import CHUNK, SLICE, WIDE_CHUNK
+from lamina.training.optimizer import Kind
 
 FLOAT, INDEX = 4, 8
 """Bytes of a number in fp32, in which masters, moments and reductions are kept, and of an index."""
@@ -25,7 +27,8 @@ class Setup:
     Args:
         ranks: rank of each adapted linear by its path, as ``model.layers.0.self_attn.q_proj``.
         itemsize: bytes of a number in the computation, 2 for bf16 and 4 for fp32.
-        base: the form of the frozen linears of the layers; ``dense`` is the computation's dtype.
+        base: the form of the frozen linears of the layers; None is the computation's dtype.
+        double: whether the scales of 4-bit blocks are quantised too.
         dropout: whether the adapters' inputs are dropped at random.
         runtime: what the process takes beside tensors.
     """
@@ -33,8 +36,9 @@ class Setup:
     architecture: Architecture
     ranks: Mapping[str, int]
     itemsize: int = 2
-    base: Literal["dense", "nf4", "int8"] = "dense"
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    base: Base | None = None
+    double: bool = True
+    optimizer: Kind = "adamw"
     dropout: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     runtime: int = 0
@@ -49,12 +53,14 @@ class Portion:
         supervised: how many of the tokens have a target.
         checkpointed: layers, from the first, that keep only their input.
         accumulated: whether it follows another one in its step, so that the gradients of all layers are there already.
+        offload: whether inputs of checkpointed layers are kept in the host's memory.
     """
 
     lengths: tuple[int, ...]
     supervised: int
     checkpointed: int = 0
     accumulated: bool = False
+    offload: bool = False
 
     @property
     def tokens(self) -> int:
@@ -193,12 +199,12 @@ def norm_working(setup: Setup, rows: int, width: int) -> int:
 
 
 def loss_slices(setup: Setup, supervised: int) -> int:
-    """The logits of the loss: a slice in fp32 with the temporary of its log Σ exp, while the slice before it is alive."""
-    first, second = min(supervised, SLICE), min(max(supervised - SLICE, 0), SLICE)
-    numbers = max(2 * first, first + 2 * second if second else 0)
-    return numbers * setup.architecture.vocabulary * FLOAT
+    """The logits of a slice of rows in the computation's dtype, and a few of them in fp32 with their softmax."""
+    few = min(supervised, CHUNK.get(setup.device, WIDE_CHUNK))
+    wide = few * FLOAT * (1 if setup.itemsize == FLOAT else 2)
+    return (min(supervised, SLICE) * setup.itemsize + wide) * setup.architecture.vocabulary
 
 
 def loss_rows(setup: Setup, supervised: int) -> int:
-    """The supervised rows, copied, and the gradient of each."""
-    return 2 * supervised * setup.architecture.width * setup.itemsize + 2 * supervised * INDEX
+    """The supervised rows, copied, the gradient and the loss of each, and which and what they are."""
+    return 2 * supervised * setup.architecture.width * setup.itemsize + supervised * (2 * INDEX + FLOAT)

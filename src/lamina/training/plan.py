@@ -14,6 +14,8 @@ import torch
 from lamina.adapter import LoRA, choose
 from lamina.model.architecture import Architecture
 from lamina.model.decoder import Decoder
+from lamina.model.quantised import form_bytes
+from lamina.ops.int8 import ROWS as INT8_ROWS
 from lamina.training.kept import (
     FLOAT,
     INDEX,
@@ -27,8 +29,6 @@ from lamina.training.kept import (
     shapes,
 )
 
-NF4 = 0.5 + 1 / 64 + FLOAT / (64 * 256)
-"""Bytes of a number in NF4: a code of four bits, and the scale of 64 of them in a byte, which are scaled by 256 (QLoRA)."""
 EIGHT_BIT = 1 + FLOAT / 256
 """Bytes of a moment of 8-bit AdamW: one, and the scale of 256 of them."""
 
@@ -117,35 +117,41 @@ def trainable(setup: Setup) -> int:
 
 
 def _frozen(setup: Setup, outputs: int, inputs: int) -> int:
-    """A frozen matrix in its form; in int8 with a scale for each output."""
-    if setup.base == "nf4":
-        return round(outputs * inputs * NF4)
-    if setup.base == "int8":
-        return outputs * inputs + outputs * FLOAT
-    return outputs * inputs * setup.itemsize
+    """A frozen matrix in its form."""
+    if setup.base is None:
+        return outputs * inputs * setup.itemsize
+    return form_bytes(setup.base, setup.double, outputs, inputs)
 
 
-def _buffer(setup: Setup) -> int:
-    """The one buffer into which frozen matrices are dequantised: as large as the largest."""
-    if setup.base == "dense":
-        return 0
-    return max(out * inputs for out, inputs in shapes(setup.architecture).values()) * setup.itemsize
+def _buffer(setup: Setup, tokens: int) -> int:
+    """The buffer that all frozen matrices share: the largest of them as numbers, or in int8 what a product works in."""
+    matrices = shapes(setup.architecture).values()
+    dense = max(outputs * inputs for outputs, inputs in matrices) * setup.itemsize
+    rows = min(tokens, INT8_ROWS)
+    working = max(
+        rows * (FLOAT * (max(matrix) + one) + other) for matrix in matrices for one, other in (matrix, matrix[::-1])
+    )
+    return max(dense, working if setup.base == "int8" else 0) if setup.base else 0
 
 
 def _product(setup: Setup, tokens: int, outputs: int, inputs: int) -> int:
-    """What the product with a frozen matrix needs for itself: in int8, the quantised rows and sums of 32 bits."""
-    return tokens * (inputs + FLOAT + outputs * FLOAT) if setup.base == "int8" else 0
+    """What the product with a frozen matrix needs for itself: in FP8 the rows that are quantised, and where it is emulated on a
+    CPU both operands and the product in fp32."""
+    if setup.base != "fp8":
+        return 0
+    emulated = FLOAT * (inputs * outputs + tokens * outputs) if setup.device == "cpu" else 0
+    return tokens * inputs * (2 * FLOAT + 1) + emulated
 
 
 def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     a, n, e = setup.architecture, portion.tokens, setup.itemsize
     numbers = trainable(setup)
-    optimiser = round(2 * numbers * (EIGHT_BIT if setup.optimizer == "adamw8bit" else FLOAT))
+    optimiser = round(2 * numbers * (EIGHT_BIT if setup.optimizer.endswith("8bit") else FLOAT))
     alive = partial(
         Moment, weights=weights(setup), adapters=numbers * FLOAT, optimiser=optimiser, runtime=setup.runtime
     )
     gradients = numbers * FLOAT if portion.accumulated else 0
-    yield alive("optimiser step", gradients=numbers * FLOAT)
+    yield alive("optimiser step", gradients=numbers * FLOAT, buffers=_buffer(setup, n))
 
     layers: list[Layer] = []
     for index in range(a.layers):
@@ -153,14 +159,15 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     # What is kept below each layer, and below them all: cosine and sine of the positions; tokens, targets and positions.
     below = [n * a.head_width * e + 3 * n * INDEX]
     for index, layer in enumerate(layers):
-        kept = n * a.width * e * layer.leaving if index < portion.checkpointed else layer.kept
+        stream = 0 if portion.offload else n * a.width * e * layer.leaving
+        kept = stream if index < portion.checkpointed else layer.kept
         below.append(below[-1] + kept)
     kept = below[-1] + norm_kept(setup, n, a.width)
     rows = n * a.width * e + loss_rows(setup, portion.supervised)
     slices = loss_slices(setup, portion.supervised)
-    yield alive("loss", gradients=gradients, activations=kept + rows, loss_slices=slices, buffers=_buffer(setup))
+    yield alive("loss", gradients=gradients, activations=kept + rows, loss_slices=slices, buffers=_buffer(setup, n))
     norm = norm_working(setup, n, a.width)
-    yield alive("final norm, backward", gradients=gradients, activations=kept, buffers=_buffer(setup) + norm)
+    yield alive("final norm, backward", gradients=gradients, activations=kept, buffers=_buffer(setup, n) + norm)
     for index, layer in enumerate(layers):
         done = gradients or FLOAT * sum(above.trainable for above in layers[index + 1 :])
         again = index < portion.checkpointed
@@ -169,7 +176,7 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
                 f"layer {index}, {name}",
                 gradients=done + added if again or "backward" in name else gradients,
                 activations=below[index] + kept,
-                buffers=_buffer(setup) + buffers,
+                buffers=_buffer(setup, n) + buffers,
             )
 
 

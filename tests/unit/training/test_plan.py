@@ -1,6 +1,7 @@
 """The plan against torch's own record of its allocations, over a grid of models, adapters and micro-batches."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,15 +9,18 @@ import pytest
 import torch
 from live import allocated_peak
 from models import tiny
+from tiny import write_tiny
 
 from lamina.adapter import LoRA, adapted, attach
 from lamina.data.pack import Batch, pack
 from lamina.data.render import Rendered
 from lamina.errors import ConfigError
 from lamina.model.decoder import Decoder
+from lamina.model.quantised import Base, quantised_of
+from lamina.model.weights import load_model
 from lamina.training.kept import Portion, Setup
 from lamina.training.loop import Training, backward, start, train
-from lamina.training.plan import Moment, plan, ranks_of, trainable, weights
+from lamina.training.plan import Moment, _buffer, plan, ranks_of, trainable, weights
 
 SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 96}
 WIDE = {"family": "qwen3", "head_dim": 128, "intermediate_size": 256}
@@ -113,15 +117,41 @@ def test_a_micro_batch_takes_what_the_plan_says(settings: dict[str, Any], dtype:
     model = model_of(dtype, **settings)
     parameters = [p for module in adapted(model).values() for p in (module.a, module.b)]
     (batch,) = pack(rows(lengths, share), sum(lengths))
-    backward(model, batch, checkpointed)  # once before: what libraries allocate once is not the step's
+    training = Training(checkpoint_layers=checkpointed)
+    backward(model, batch, training)  # once before: what libraries allocate once is not the step's
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if accumulated else None
 
-    peak = allocated_peak(lambda: backward(model, batch, checkpointed))
+    peak = allocated_peak(lambda: backward(model, batch, training))
     predicted = plan(setup_of(model), portion_of(batch, checkpointed, accumulated))
     indices = 24 * sum(lengths)  # the batch was there before
     expected = max(made(moment, accumulated) for moment in predicted.moments) - indices
     assert expected == pytest.approx(peak, rel=0.01, abs=100e3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("base", "double"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("fp8", True)]
+)
+def test_a_quantised_base_takes_what_the_plan_says(base: Base, double: bool, dtype: Any, tmp_path: Path) -> None:
+    """Its bytes exactly, and with the shared buffer a micro-batch as exactly as over a dense base."""
+    write_tiny(tmp_path, **SIZE)
+    model = load_model(tmp_path, dtype, "cpu", base=base, double_quant=double)
+    kept = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    attach(model, LoRA(rank=8))
+    setup = replace(setup_of(model.train()), base=base, double=double)
+    assert weights(setup) == kept
+    (batch,) = pack(rows(LENGTHS, 0.66), sum(LENGTHS))
+    backward(model, batch, Training())  # here the buffer grows: a step asks for none
+    model.zero_grad(set_to_none=True)
+    peak = allocated_peak(lambda: backward(model, batch, Training()))
+    moments = plan(setup, portion_of(batch)).moments
+    expected = max(made(moment, False) - _buffer(setup, sum(LENGTHS)) for moment in moments) - 24 * sum(LENGTHS)
+    # The emulation of FP8 is for tests: its operands in fp32 are freed in an order that the plan does not follow.
+    assert expected == pytest.approx(peak, rel=0.04 if base == "fp8" else 0.01, abs=100e3)
+    (buffer,) = {id(m.form.scratch): m.form.scratch._buffer.nbytes for m in quantised_of(model)}.values()
+    if base != "fp8":  # which transposes bytes in it and is otherwise free of it
+        assert buffer == _buffer(setup, sum(LENGTHS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,9 +214,6 @@ def test_the_peak_is_the_largest_moment_and_its_items_add_up() -> None:
 
 def test_smaller_forms_of_the_base_take_less_and_need_a_buffer() -> None:
     setup = setup_of(model_of("bf16"))
-    dense, nf4, int8 = (plan(replace(setup, base=base), Portion((400,), 20)) for base in ("dense", "nf4", "int8"))
-    linears = 4 * (4 * 128 * 128 + 3 * 128 * 352)
-    others = dense.items["weights"] - 2 * linears
-    assert nf4.items["weights"] == pytest.approx(others + linears * (0.5 + 1 / 64 + 4 / 64 / 256), abs=4)
-    assert int8.items["weights"] == others + linears + 4 * 4 * (5 * 128 + 2 * 352)
+    dense, nf4, int8 = (plan(replace(setup, base=base), Portion((400,), 20)) for base in (None, "nf4", "int8"))
+    assert nf4.items["weights"] < int8.items["weights"] < dense.items["weights"]
     assert nf4.items["buffers"] == dense.items["buffers"] + 2 * 128 * 352
