@@ -18,6 +18,7 @@ from lamina.errors import ConfigError, Error
 
 COMMANDS = {
     "init": "print a complete, commented job.toml",
+    "plan": "say what a job will need: memory item by item, and time",
     "train": "fine-tune: train JOB, or train --model M --data D; train --resume RUN goes on",
     "eval": "measure a run on its held-out rows, the base beside the adapter",
     "explain": "say what an adapter is: its size, its rank, where it sits, which rank would have done",

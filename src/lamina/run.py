@@ -21,16 +21,19 @@ from lamina.evaluation import evaluate
 from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, read_job, settings_fingerprint
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
+from lamina.model.weights import pick_device
 from lamina.opened import Opened, card_of, measured, open_run, stops
+from lamina.planning import Planned, compared, plan_run
 from lamina.report.opening import data_lines, training_lines
 from lamina.report.record import Record, read_metrics, write_json, write_text
+from lamina.training.available import Meter
 from lamina.training.finite import damage
 from lamina.training.interrupt import Interrupts
 from lamina.training.loop import State, Step, memory_told, rehearse, start, train
 from lamina.training.resume import Progress, has_state, load_state, locked, save_state
 from lamina.understand.card import Card
 
-CHANGEABLE = ("read_ahead", "save_every")
+CHANGEABLE = ("read_ahead", "save_every", "memory_gib")
 """Settings that a resumed run may change, because they change nothing of its result."""
 
 
@@ -92,7 +95,7 @@ def resume(folder: Path, changes: Mapping[str, Any] | None = None, show: Show | 
         CheckpointError: no run there, one in use, or one whose data, base or version is another.
     """
     job = read_job(folder)
-    for part in ("data", "watch"):
+    for part in ("data", "train", "watch"):
         section = getattr(job, part)
         own = {name: value for name, value in (changes or {}).items() if name in {f.name for f in fields(section)}}
         job = replace(job, **{part: replace(section, **own)})
@@ -124,15 +127,28 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
         show.line(line)
     if job.watch.patience and not len(data.held_out):
         raise ConfigError("watch.patience: counts evaluations, but nothing is held out; set eval_fraction or eval_data")
-    model = job.model.load(base)
+    planned = plan_run(job, base, data)
+    for line in planned.lines():
+        show.line(line)
+    planned.check()
+    job = replace(job, train=planned.training)
+    write_text(
+        folder / "job.toml", jobfile.dump(job.sections())
+    )  # with what was chosen: resumed, it is cut in the same way
+    meter = Meter(pick_device(job.model.device))
+    with memory_told():
+        model = job.model.load(base)
     attach(model, job.adapter, job.head.seed)
     run = _Run(job, folder, base, model, data, start(model, job.train), show)
     for line in training_lines(model, job.model.model, job.train, run.steps, run.every if len(data.held_out) else None):
         show.line(line)
     with memory_told():
-        run.train(resuming)
+        run.train(resuming, planned)
+        measured_peak = meter.peak()
+        show.line(compared(planned, measured_peak))
         card = measured(model, tokenizer, stops(base, tokenizer, job.data.template), data, job)
-    write_json(folder / "card.json", _about(job, model, folder) | card.as_json())
+    memory = {"planned": planned.as_json(), "measured_bytes": measured_peak}
+    write_json(folder / "card.json", _about(job, model, folder) | {"memory": memory} | card.as_json())
     return Result(folder, card)
 
 
@@ -155,7 +171,7 @@ class _Run:
             "settings": settings_fingerprint(job, CHANGEABLE),
         }
 
-    def train(self, resuming: bool) -> None:
+    def train(self, resuming: bool, planned: Planned) -> None:
         """Trains to the end, from the beginning or from the saved state."""
         if resuming:
             self.progress = load_state(self.folder, self.model, self.state, self.origin)
@@ -163,7 +179,7 @@ class _Run:
         with Record(self.folder, after=self.state.step if resuming else None) as record:
             self.show.start(self.steps, self.state.step)
             if not resuming:
-                self.before_first_step(record)
+                self.before_first_step(record, planned)
             with Interrupts() as interrupts:
                 self.steps_to_the_end(record, interrupts)
         if self.progress.best_loss is not None:
@@ -192,10 +208,12 @@ class _Run:
                     f"go on with: lamina train --resume {self.folder}"
                 )
 
-    def before_first_step(self, record: Record) -> None:
+    def before_first_step(self, record: Record, planned: Planned) -> None:
         """Meets the longest examples now rather than hours later, and measures the untouched base."""
-        tokens = rehearse(self.model, self.data.train, self.data.train.lengths.tolist(), self.job.train)
-        self.show.line(f"the heaviest micro-batch the data can make ({tokens:,} tokens) was computed once: it fits")
+        rehearse(self.model, planned.heaviest, self.job.train)
+        self.show.line(
+            f"the heaviest micro-batch of the run ({len(planned.heaviest.tokens):,} tokens) was computed once: it fits"
+        )
         self.evaluate(record)
         save_state(self.folder, self.model, self.state, self.progress, self.origin)
 

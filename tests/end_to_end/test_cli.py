@@ -128,7 +128,7 @@ def test_jobs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None
         ),
         (
             ["train", "--resume", "runs/a", "--rank", "3", "--read-ahead", "9"],
-            "found --rank with --resume, expected only --read-ahead, --save-every: a resumed run is the same run; "
+            "found --rank with --resume, expected only --read-ahead, --memory-gib, --save-every: a resumed run is the same run; "
             "for another one: lamina train runs/a/job.toml --rank …",
         ),
         (["train", "demo", "--layers", "abc"], "--layers: found 'abc', expected text that matches ^(all|"),

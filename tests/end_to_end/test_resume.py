@@ -144,7 +144,10 @@ def test_a_resumed_run_is_the_same_run_or_none(
     place: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["train", "--resume", str(whole), "--learning-rate", "1e-3"]) == 2
-    assert "found --learning-rate with --resume, expected only --read-ahead, --save-every" in capsys.readouterr().err
+    assert (
+        "found --learning-rate with --resume, expected only --read-ahead, --memory-gib, --save-every"
+        in capsys.readouterr().err
+    )
 
     run = tmp_path / "run"
     shutil.copytree(whole, run)

@@ -37,7 +37,7 @@ def ours(model: Decoder, data: list[Rendered], budget: int = 60) -> dict[str, Te
     assert len(batches) > 1
     supervised = sum(batch.supervised for batch in batches)
     for batch in batches:
-        backward(model, batch)
+        backward(model, batch, Training())
     found = {
         f"{path}.lora_{f.upper()}": getattr(m, f).grad / supervised for path, m in adapted(model).items() for f in "ab"
     }

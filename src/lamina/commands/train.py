@@ -28,13 +28,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     with closing(Progress(sys.stderr if given.json else sys.stdout)) as progress:
         if given.resume is None:
-            result = fine_tune(_job(given), progress)
+            result = fine_tune(job_of(given), progress)
         else:
             result = resume(Path(given.resume), _changes(given), progress)
     show(result, given.json)
 
 
-def _job(given: argparse.Namespace) -> Job:
+def job_of(given: argparse.Namespace) -> Job:
+    """The job that the arguments name, with their settings over it."""
     if given.job is None and not {"model.model", "data.data"} <= vars(given).keys():
         raise ConfigError(
             "found no job, expected a built-in one (`lamina train demo`), a job.toml (`lamina init` prints one), "

@@ -141,6 +141,16 @@ def _form(folder: Path, stored: Mapping[str, Stored], base: str | None, double_q
     return None if base is None or base in DTYPES else StoredForm(cast(Base, base), double_quant)
 
 
+def form_of_folder(folder: Path, settings: ModelSettings) -> StoredForm | None:
+    """The form in which the linears of the model in ``folder`` will be kept; None as numbers.
+
+    Raises:
+        ModelError, ConfigError: as ``load_model``.
+    """
+    stored = used_tensors(folder, read_config(folder))
+    return _form(folder, stored, settings.base, settings.double_quant)
+
+
 def read_module(
     module: nn.Module, prefix: str, stored: Mapping[str, Stored], adapter: Mapping[str, Tensor] | None = None
 ) -> None:

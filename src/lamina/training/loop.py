@@ -10,8 +10,8 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Protocol, runtime_checkable
 
 import torch
@@ -202,33 +202,13 @@ def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     return loss.detach()
 
 
-def rehearse(model: Decoder, examples: Examples, lengths: Sequence[int], training: Training) -> int:
-    """Computes the heaviest micro-batch that the run can meet and throws its gradient away: memory runs out now or never.
-
-    Args:
-        lengths: tokens of every example; the longest ones of a step are taken, and cut where the micro-batch is full.
-
-    Returns:
-        The tokens of that micro-batch.
-    """
-    longest = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))[: training.batch_size]
-    (together,) = pack([examples[index] for index in longest], sum(lengths[index] for index in longest))
-    batch = _cut(together, max(training.portion, together.lengths[0]))
+def rehearse(model: Decoder, batch: Batch, training: Training) -> None:
+    """Computes a micro-batch and throws its gradient away: of the heaviest, memory runs out now or never."""
     with torch.random.fork_rng():
         model.train()
         loss = backward(model, batch, training)
     model.zero_grad(set_to_none=True)
     refuse_non_finite(model, loss, loss, [batch], 1)
-    return len(batch.tokens)
-
-
-def _cut(batch: Batch, most: int) -> Batch:
-    """The first ``most`` inputs of a batch."""
-    lengths: list[int] = []
-    for length in batch.lengths:
-        lengths.append(min(length, most - sum(lengths)))
-    parts = {name: getattr(batch, name)[:most] for name in ("tokens", "targets", "position")}
-    return replace(batch, lengths=tuple(length for length in lengths if length), **parts)
 
 
 @contextlib.contextmanager

@@ -19,9 +19,10 @@ def rows_of_step(step: int, examples: int, batch_size: int, seed: int, last: int
     """
     stop = (step + 1) * batch_size if last is None else min((step + 1) * batch_size, last)
     places = range(step * batch_size, stop)
-    return [int(_shuffled(seed, place // examples, examples)[place % examples]) for place in places]
+    return [int(shuffled(seed, place // examples, examples)[place % examples]) for place in places]
 
 
 @lru_cache(maxsize=2)
-def _shuffled(seed: int, epoch: int, examples: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def shuffled(seed: int, epoch: int, examples: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """The order of the examples in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(examples)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.adapter import LoRA, adapted, attach
+from lamina.data.pack import pack
 from lamina.model.decoder import Decoder
 from lamina.training.loop import State, Step, Training, memory, rehearse, start, train
 from lamina.training.optimizer import rate_factor, rule_of_thumb
@@ -170,25 +171,20 @@ def test_length_of_a_run_and_its_rate() -> None:
     assert [step.step for step in run(model_of(), count=5, steps=4, batch_size=3)[0]] == [1, 2, 3, 4]
 
 
-def test_rehearsal_computes_the_heaviest_batch_and_leaves_no_trace() -> None:
+def test_rehearsal_computes_a_batch_and_leaves_no_trace() -> None:
     model, data = model_of(dropout=0.5), examples(20)
-    before, lengths = weights(model), [len(example.tokens) for example in data]
+    before = weights(model)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     training = Training(batch_size=4, micro_batch_tokens=60, checkpoint_layers=1)
+    (batch,) = pack(data[:3], 1000)
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    heaviest = rehearse(model, data, lengths, training)
+    rehearse(model, batch, training)
     assert torch.equal(torch.get_rng_state(), state)
-    assert seen == [heaviest] == [60], "the longest examples fill the budget"
+    assert seen == [len(batch.tokens)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
     assert all(p.grad is None for p in model.parameters())
-    list(train(model, data, training, start(model, training), 0))
-    assert max(seen[1:]) <= heaviest
-    short = Training(batch_size=2, micro_batch_tokens=1000)
-    assert rehearse(model, data, lengths, short) == sum(sorted(lengths)[-2:]) - 2  # the last token predicts nothing
-    tight = Training(batch_size=2, micro_batch_tokens=5)
-    assert rehearse(model, data, lengths, tight) == max(lengths) - 1
 
 
 def test_memory_is_in_bytes() -> None:

@@ -1,0 +1,209 @@
+"""The plan of a run: what it will need, item by item, and how long it will take, before anything large is loaded.
+
+Everything is a function of the job, the base's config and the lengths of the data's rows. What the settings leave open is
+chosen here (``training.choosing``), and the choice is written into the run's job: a run that is resumed or replayed on
+another machine is still cut in the same way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina.data.pack import Batch
+from lamina.data.prepare import Prepared
+from lamina.errors import TrainingError
+from lamina.job import Job
+from lamina.model.architecture import read_config
+from lamina.model.weights import DTYPES, form_of_folder, pick_device
+from lamina.report.console import duration
+from lamina.training.available import available
+from lamina.training.calibrate import calibrate
+from lamina.training.choosing import Choice, candidates, choose
+from lamina.training.heaviest import Heaviest, heaviest, tokens_of
+from lamina.training.kept import Portion, Setup
+from lamina.training.loop import Examples, Training
+from lamina.training.plan import Plan, plan, ranks_of
+from lamina.ways_out import Cut, Way, ways_out
+
+GIB = 2**30
+RUNTIME = {"cpu": 64 * 2**20, "cuda": 64 * 2**20}
+"""What a run takes beside its tensors: primitives and scratchpads of the libraries, and a kernel's own workspace."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run's memory and time.
+
+    Attributes:
+        training: the job's, with everything decided.
+        heaviest: the micro-batch that the plan is made for.
+        free: bytes that the run may take.
+        seconds: of training, estimated.
+        tokens: of all steps.
+    """
+
+    plan: Plan
+    training: Training
+    heaviest: Batch
+    fits: bool
+    free: int
+    device: str
+    seconds: float
+    tokens: int
+    layers: int
+    ways_out: tuple[tuple[str, int], ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        """The plan for people: the choice, the table, the time."""
+        batch, training = self.heaviest, self.training
+        twice = f"{training.checkpoint_layers} of {self.layers} layers" if training.checkpoint_layers else "nothing"
+        yield (
+            f"memory plan, for the heaviest micro-batch: {len(batch.tokens):,} tokens (the longest example {max(batch.lengths):,}, "
+            f"{batch.supervised:,} with a loss); micro-batches of at most {training.portion:,} tokens, {twice} computed twice"
+        )
+        for name, size in self.plan.items.items():
+            yield f"  {name:<12}{_size(size):>11}"
+        of = f"of {_size(self.free)} free on {self.device}; the peak is at: {self.plan.peak.name}"
+        yield f"  {'total':<12}{_size(self.plan.total):>11} {of}"
+        if self.seconds:
+            rate = self.tokens / self.seconds
+            yield f"time: about {duration(self.seconds)} of training, {rate:,.0f} tokens/s, from timing one layer here"
+
+    def check(self) -> None:
+        """Passes when the run fits.
+
+        Raises:
+            TrainingError: it does not; names the three cheapest ways out.
+        """
+        if self.fits:
+            return
+        ways = (
+            "; ".join(f"{flags} ({_size(size)})" for flags, size in self.ways_out)
+            or "no setting alone, but a smaller base"
+        )
+        raise TrainingError(
+            f"the run needs {_size(self.plan.total)} and {self.device} has {_size(self.free)} free; what would fit: "
+            f"{ways}; to try it all the same: --memory-gib {self.plan.total / GIB * 1.1:.1f}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan for machines; all sizes in bytes."""
+        return {
+            "total_bytes": self.plan.total,
+            "items": self.plan.items,
+            "moment": self.plan.peak.name,
+            "available_bytes": self.free,
+            "fits": self.fits,
+            "ways_out": [{"flags": flags, "total_bytes": size} for flags, size in self.ways_out],
+            "device": self.device,
+            "micro_batch_tokens": self.training.portion,
+            "checkpoint_layers": self.training.checkpoint_layers,
+            "heaviest_micro_batch": {
+                "tokens": len(self.heaviest.tokens),
+                "longest": max(self.heaviest.lengths),
+                "supervised": self.heaviest.supervised,
+            },
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+
+
+def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planned:
+    """Plans the memory of a run, chooses what its settings leave open, and estimates its time.
+
+    Args:
+        timed: whether the time is estimated, for which a layer is built and computed.
+
+    Raises:
+        ConfigError: an adapter that does not fit the model.
+    """
+    device = pick_device(job.model.device)
+    free = available(device) if job.train.memory_gib is None else round(job.train.memory_gib * GIB)
+    needs = _Needs(job, base, data.train, data.train.lengths, device.type)
+    choice, found, fits = needs.choose(free)
+    training = replace(job.train, micro_batch_tokens=choice.tokens, checkpoint_layers=choice.checkpointed)
+    lengths = data.train.lengths
+    tokens = tokens_of(lengths, job.train, job.head.seed)
+    layers = needs.setup.architecture.layers
+    seconds = 0.0
+    if timed and fits:
+        usual = min(choice.tokens, max(1, tokens // job.train.total_steps(len(lengths))))
+        pace = calibrate(needs.setup.architecture, job.model, job.adapter, usual)
+        seconds = pace.seconds(tokens, layers, choice.checkpointed)
+    ways: tuple[tuple[str, int], ...] = ()
+    if not fits:
+
+        def needed(way: Way) -> int:
+            rows = Cut(data.train, lengths, way.longest or int(lengths.max()))
+            return (
+                _Needs(way.of(job), base, rows if way.longest else data.train, rows.lengths, device.type)
+                .choose(free)[1]
+                .total
+            )
+
+        ways = ways_out(job, int(lengths.max()), needed, free)
+    batch = needs.heaviest(choice.tokens).first
+    return Planned(found, training, batch, fits, free, device.type, seconds, tokens, layers, ways)
+
+
+def compared(planned: Planned, measured: int) -> str:
+    """The plan beside the peak that was measured, in a line."""
+    share = measured / planned.plan.total
+    return (
+        f"memory: planned {_size(planned.plan.total)}, measured {_size(measured)} at its peak ({share:.0%} of the plan)"
+    )
+
+
+def _size(number: int) -> str:
+    return f"{number / GIB:,.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:,.1f} MiB"
+
+
+class _Needs:
+    """What a job needs, as a function of the choice."""
+
+    def __init__(self, job: Job, base: Path, rows: Examples, lengths: NDArray[np.int64], device: str) -> None:
+        self.job, self.rows, self.lengths = job, rows, lengths
+        architecture = read_config(base)
+        form = form_of_folder(base, job.model)
+        self.setup = Setup(
+            architecture,
+            ranks_of(architecture, job.adapter),
+            DTYPES[job.model.dtype].itemsize,
+            base=form.base if form else None,
+            double=form.double if form else True,
+            optimizer=job.train.optimizer,
+            dropout=job.adapter.dropout > 0,
+            device="cuda" if device == "cuda" else "cpu",
+            runtime=RUNTIME[device],
+        )
+        self.heaviest = lru_cache(self._heaviest)
+
+    def choose(self, free: int) -> tuple[Choice, Plan, bool]:
+        """The best choice that fits, within what the settings fix."""
+        training, longest = self.job.train, int(self.lengths.max())
+        every = candidates(self.setup.device, longest, self.setup.architecture.layers, self.setup.dropout)
+        fixed = (
+            Choice(training.micro_batch_tokens or one.tokens, one.checkpointed if of is None else of)
+            for one in every
+            for of in (training.checkpoint_layers,)
+        )
+        return choose(iter(dict.fromkeys(fixed)), self.planned, free)
+
+    def planned(self, choice: Choice) -> Plan:
+        """The plan of a choice."""
+        found = self.heaviest(choice.tokens)
+        offload = self.job.train.offload_checkpoints
+        portions = [
+            Portion(batch.lengths, batch.supervised, choice.checkpointed, accumulated, offload)
+            for batch, accumulated in ((found.first, False), (found.later, True))
+            if batch is not None
+        ]
+        return plan(self.setup, *portions)
+
+    def _heaviest(self, tokens: int) -> Heaviest:
+        return heaviest(self.rows, self.lengths, self.job.train, self.job.head.seed, tokens)
