@@ -3,6 +3,8 @@
 * ``python`` blocks run, and share their names along a page; ``<!-- not run: reason -->`` before a block leaves it out.
 * ``bash`` blocks, and the lines with ``$`` of ``console`` blocks, run after ``<!-- run -->``; most take too long, or a GPU.
 * The ``$ lamina …`` lines of a ``console`` block after ``<!-- refused -->`` run, end with status 2 and say the line below them.
+* A page's pictures are drawn by its code: a block writes ``images/name.svg`` where the page shows ``images/name.svg``. That it
+  is written is checked, and not that it has the bytes of the one beside the page, which another version may draw otherwise.
 * Every ``lamina …`` line, run or not, is a command with flags that exist; every relative link leads to a file, and to a
   heading where it names one.
 """
@@ -20,9 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import pytest
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from lamina import cli
 from lamina.errors import ConfigError
@@ -106,6 +110,7 @@ def commands(text: str) -> Iterator[tuple[int, list[str]]]:
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(page)
+    assert undrawn(page, tmp_path) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -126,12 +131,33 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def inline(page: Path) -> Iterator[Token]:
+    """What stands in the paragraphs of a page: text, links, pictures."""
+    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
+        yield from token.children or ()
+
+
+def pictures(page: Path) -> list[str]:
+    """The pictures that a page shows."""
+    return [unquote(str(token.attrs["src"])) for token in inline(page) if token.type == "image"]
+
+
+def undrawn(page: Path, folder: Path) -> list[str]:
+    """The pictures of a page that its code, run in a folder, did not draw there."""
+    drawn = {str(file.relative_to(folder)) for file in folder.rglob("*.svg") if is_picture(file)}
+    return [picture for picture in pictures(page) if picture not in drawn]
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file is an SVG that draws something."""
+    return any(part.tag.endswith("}path") for part in ElementTree.parse(file).iter())
+
+
 def lost(page: Path) -> list[str]:
-    """The relative links of a page that lead nowhere."""
-    inline = [child for token in MarkdownIt().parse(page.read_text(encoding="utf-8")) for child in token.children or ()]
-    links = [unquote(str(token.attrs["href"])) for token in inline if token.type == "link_open"]
+    """The relative links of a page that lead nowhere, and its pictures that are not there."""
+    links = [unquote(str(token.attrs["href"])) for token in inline(page) if token.type == "link_open"]
     bad = []
-    for link in links:
+    for link in links + pictures(page):
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         if "://" in link:
@@ -149,10 +175,21 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
 def test_what_is_lost(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "# Why α/R: a `title`\n[a](#why-αr-a-title) [b](#why) [c](page.md#why-αr-a-title) [d](none.md) [e](https://none.x/#y)\n",
+        "# Why α/R: a `title`\n[a](#why-αr-a-title) [b](#why) [c](page.md#why-αr-a-title) [d](none.md) [e](https://none.x/#y)\n"
+        "![f](images/none.svg)\n",
         encoding="utf-8",
     )
-    assert lost(page) == ["#why", "none.md"]
+    assert lost(page) == ["#why", "none.md", "images/none.svg"]
+
+
+def test_what_is_undrawn(tmp_path: Path) -> None:
+    page, images = tmp_path / "page.md", tmp_path / "run" / "images"
+    page.write_text("![a](images/a.svg)\n\n![b](images/b.svg) ![c](images/c.svg)\n", encoding="utf-8")
+    images.mkdir(parents=True)
+    root = '<svg xmlns="http://www.w3.org/2000/svg">{}</svg>'
+    (images / "a.svg").write_text(root.format('<path d="M 0 0"/>'), encoding="utf-8")
+    (images / "b.svg").write_text(root.format(""), encoding="utf-8")
+    assert undrawn(page, tmp_path / "run") == ["images/b.svg", "images/c.svg"]
 
 
 PAGE = """\
