@@ -15,6 +15,7 @@ from lamina.job import base_folder, read_job
 from lamina.model.architecture import read_config
 from lamina.model.checkpoint import Stored, stored_tensors, summary
 from lamina.model.fingerprint import stored_fingerprint
+from lamina.model.storage import parts_of
 from lamina.model.weights import ModelSettings, used_tensors
 from lamina.opened import adapter_folder, held_out_of, open_run
 from lamina.understand.alignment import relate
@@ -96,6 +97,11 @@ def _open(name: Path, best: bool) -> AdapterFile:
 def _weights(folder: Path, adapter: AdapterFile) -> dict[str, Stored]:
     """Where the adapted matrices of a base are stored, by the path of their module."""
     stored = stored_tensors(folder)
+    if parts_of(stored):
+        raise AdapterError(
+            f"{folder}: stores its linears quantised, expected plain numbers; name the model that it was made from as --base, "
+            "or explain the adapter's own folder, without a base"
+        )
     missing = [f"{path}.weight" for path in adapter.shapes if f"{path}.weight" not in stored]
     problems = [f"missing {len(missing)}: {summary(missing)}"] if missing else []
     for path, shape in adapter.shapes.items():

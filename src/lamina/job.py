@@ -1,9 +1,10 @@
 """A job: everything that decides a run, as sections of settings, and how it lies in a file."""
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,14 +127,19 @@ def prepare_data(job: Job, base: Path, tokenizer: Any) -> Prepared:
 
 
 def settings_fingerprint(job: Job, without: Collection[str]) -> str:
-    """A hash of all settings that decide a run's result: not where it lies, nor those named in ``without``."""
+    """A hash of all settings that decide a run's result: not where it lies, nor those named in ``without``, nor what is at
+    its default, so that a setting that a later version adds does not make a run another one."""
     deciding = {
         f"{name}.{f.name}": getattr(section, f.name)
         for name, section in job.sections().items()
         for f in fields(section)
-        if f.name not in {"out", "name", *without}
+        if f.name not in {"out", "name", *without} and getattr(section, f.name) != _default(f)
     }
     return hashlib.sha256(repr(sorted(deciding.items())).encode()).hexdigest()
+
+
+def _default(of: dataclasses.Field[Any]) -> Any:
+    return of.default if of.default_factory is MISSING else of.default_factory()
 
 
 def shipped(data: DataSettings) -> DataSettings:

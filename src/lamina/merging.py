@@ -15,7 +15,7 @@ import torch
 from lamina.adapter_files import outline_adapter
 from lamina.data.pack import Batch, pack
 from lamina.data.render import Rendered
-from lamina.errors import CheckpointError, DataError
+from lamina.errors import CheckpointError, ConfigError, DataError
 from lamina.job import base_folder, read_job
 from lamina.model.fingerprint import stored_fingerprint
 from lamina.model.merged import free_place, write_merged
@@ -51,9 +51,13 @@ def merge(
 
     Raises:
         CheckpointError: no such run or adapter, or ``out`` is not empty or cannot be written.
-        ConfigError: a policy that means nothing for this base.
+        ConfigError: a policy that means nothing for this base, or a change of the base's form or precision.
         ModelError, AdapterError: base or adapter cannot be read, or do not belong together.
     """
+    if other := (changes or {}).keys() - {"device", "model", "revision"}:
+        raise ConfigError(
+            f"found another {', '.join(sorted(other))} for a merge, expected those of the run: it is compared with what was trained"
+        )
     job = read_job(run)
     job = replace(job, model=replace(job.model, **(changes or {})))
     folder, base = adapter_folder(run, best), base_folder(job.model)
@@ -68,7 +72,8 @@ def merge(
 
     merged = write_merged(base, out, list(pieces), config_of(pieces)).folder
     difference = _difference(pieces, merged, batches, pick_device(job.model.device)) if batches else None
-    record = MergeRecord(merged, str(folder), pieces.policy, tuple(pieces.matrices), difference, why_not)
+    form = quantised_of(model)[0].form.kind if quantised_of(model) else job.model.dtype
+    record = MergeRecord(merged, str(folder), pieces.policy, form, tuple(pieces.matrices), difference, why_not)
     write_json(merged / "lamina_merge.json", record.as_json())
     return record
 

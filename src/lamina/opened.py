@@ -14,7 +14,7 @@ from lamina.job import Job, base_folder, prepare_data, read_job, shipped_path
 from lamina.model.checkpoint import stored_tensors
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer, stop_tokens
-from lamina.model.weights import ModelSettings
+from lamina.model.weights import DTYPES, ModelSettings
 from lamina.training.resume import check_origin, has_state, read_header
 from lamina.understand.card import Card, both
 from lamina.understand.difference import difference_on_load
@@ -55,6 +55,8 @@ def open_run(name: str | Path, best: bool = False, changes: Mapping[str, Any] | 
             changes nothing.
     """
     folder, changes = Path(name), dict(changes or {})
+    if changes.get("base") in DTYPES:  # asked for as numbers: computed in what they are
+        changes.setdefault("dtype", changes["base"])
     if not (folder / "job.toml").is_file():
         settings = ModelSettings(model=str(name), **changes)
         if "dtype" not in changes:

@@ -133,8 +133,9 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planne
     seconds = 0.0
     if timed and fits:
         usual = min(choice.tokens, max(1, tokens // job.train.total_steps(len(lengths))))
-        pace = calibrate(needs.setup.architecture, job.model, job.adapter, usual)
-        seconds = pace.seconds(tokens, layers, choice.checkpointed)
+        pace = calibrate(needs.setup.architecture, job.model, needs.setup.ranks, usual)
+        lowest = min(int(path.split(".")[2]) for path in needs.setup.ranks)
+        seconds = pace.seconds(tokens, layers, choice.checkpointed, lowest)
     ways: tuple[tuple[str, int], ...] = ()
     if not fits:
 

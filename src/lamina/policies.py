@@ -5,7 +5,8 @@
                   rounding. Matrices without an adapter are written as training saw them too.
 ``requantised``   W' = Q(W₁₆ + ΔW): again four bits, in the format of transformers and bitsandbytes. The sum starts from the
                   stored weights: W₄ lies on the grid of Q, and an update below half a step of that grid would vanish from
-                  every number at once, where from W₁₆ it tips the numbers near a threshold, as many as it is large.
+                  every number at once, where from W₁₆ it tips the numbers near a threshold, as many as it is large. A base
+                  that is itself stored in four bits has no W₁₆: then it starts from W₄, and the record shows the loss.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,10 +22,11 @@ from lamina.errors import ConfigError
 from lamina.model.checkpoint import DTYPES, Stored
 from lamina.model.decoder import Decoder
 from lamina.model.merged import Form, Piece, as_stored
-from lamina.model.quantised import QuantisedLinear
+from lamina.model.quantised import QuantisedLinear, linears_of
 from lamina.model.storage import parts_of
 from lamina.model.weights import read_module
 from lamina.ops.fourbit import FourBit
+from lamina.ops.frozen import SharedBuffer
 from lamina.understand.proof import Matrix, Policy
 
 _SLICE = 1 << 20  # numbers of a matrix that are in fp32 at one time
@@ -67,6 +69,7 @@ class Pieces:
             name.removesuffix(".base"): module for name, module in modules if isinstance(module, QuantisedLinear)
         }
         self.packed = parts_of(self.stored)
+        self.spare = SharedBuffer()
         self.updates = {
             path: Update(self.adapter[f"{path}.a"], self.adapter[f"{path}.b"], module.scale)
             for path, module in adapted(self.outline).items()
@@ -77,65 +80,59 @@ class Pieces:
         parts = {f"{path}.{part}" for path, parts in self.packed.items() for part in parts if part != "weight"}
         for name, tensor in self.stored.items():
             path = name.removesuffix(".weight")
-            rewritten = path in self.quantised if self.policy != "original" else path in self.updates
             if name in parts:
                 continue  # written with their weight, or not needed any more
-            if rewritten and path != name:
-                yield self._rewritten(path, tensor)
-            elif self.policy == "requantised":  # the whole model in the dtype in which training computed
-                code = _code(self.dtype)
-                yield Piece({name: Form(code, tensor.shape)}, partial(self._converted, tensor))
+            if path == name or not (path in self.updates or (path in self.quantised and self.policy != "original")):
+                yield self._kept(tensor)
+            elif self.policy == "requantised" and path in self.quantised:
+                yield self._packed(path)
             else:
-                yield as_stored(tensor)
+                code = _code(self.dtype) if path in self.packed or self.policy == "requantised" else tensor.code
+                linear = self.quantised.get(path)
+                shape = tensor.shape if linear is None else (linear.out_features, linear.in_features)
+                yield Piece({name: Form(code, shape)}, partial(self._dense, path, tensor, DTYPES[code]))
 
-    def _rewritten(self, path: str, tensor: Stored) -> Piece:
-        name = f"{path}.weight"
-        if self.policy == "requantised":
-            form = self._form(path)
-            shapes = {
-                key: Form(_code(value.dtype), tuple(value.shape)) for key, value in form.state_tensors(name).items()
-            }
-            return Piece(shapes, partial(self._requantised, path, form))
-        linear = self.quantised.get(path)
-        code = _code(self.dtype) if path in self.packed else tensor.code
-        shape = tensor.shape if linear is None else (linear.out_features, linear.in_features)
-        return Piece({name: Form(code, shape)}, partial(self._written, path, tensor, DTYPES[code]))
+    def _kept(self, tensor: Stored) -> Piece:
+        """A tensor that nothing is added to; requantised, the whole model is in the dtype in which training computed."""
+        if self.policy != "requantised":
+            return as_stored(tensor)
+        form = {tensor.name: Form(_code(self.dtype), tensor.shape)}
+        return Piece(form, lambda: {tensor.name: tensor.read().to(self.dtype)})
 
-    def _converted(self, tensor: Stored) -> Mapping[str, Tensor]:
-        return {tensor.name: tensor.read().to(self.dtype)}
+    def _packed(self, path: str) -> Piece:
+        name, form = f"{path}.weight", self._form(path)
+        shapes = {key: Form(_code(value.dtype), tuple(value.shape)) for key, value in form.state_tensors(name).items()}
+        return Piece(shapes, partial(self._requantised, path))
 
-    def _written(self, path: str, tensor: Stored, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        return {f"{path}.weight": self._dense(path, tensor, dtype)}
-
-    def _dense(self, path: str, tensor: Stored, dtype: torch.dtype) -> Tensor:
+    def _dense(self, path: str, tensor: Stored, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """W' of a matrix that is written as numbers."""
-        seen = self._seen(path)
-        if seen is None or self.policy == "original":
-            before = tensor.read()
-        else:
-            before = seen.to(dtype)
-        update = self.updates.get(path)
-        if update is None:
-            return before
-        after = _summed(before, update, before.clone())
-        self.matrices.append(account(path, before, before if seen is None else seen, after, update))
-        return after
+        seen = self._seen(path, tensor)
+        merged = tensor.read() if self.policy == "original" or path not in self.quantised else seen.to(dtype)
+        if update := self.updates.get(path):
+            self.matrices.append(add(path, merged, seen, update))
+        return {f"{path}.weight": merged.to(dtype)}
 
-    def _requantised(self, path: str, form: FourBit) -> Mapping[str, Tensor]:
-        seen, update = self._seen(path), self.updates.get(path)
-        assert seen is not None, "a base that is not quantised is not requantised"
-        weight = seen if path in self.packed else self.stored[f"{path}.weight"].read()
-        form = form.to_empty(device="cpu")
-        form.store(weight if update is None else _summed(weight, update, torch.empty_like(weight, dtype=self.dtype)))
-        if update is not None:
-            self.matrices.append(account(path, seen, seen, form.dense(), update))
+    def _requantised(self, path: str) -> Mapping[str, Tensor]:
+        """W' of a matrix that is written in four bits again."""
+        own, tensor, update = self._form(path), self.stored[f"{path}.weight"], self.updates.get(path)
+        form = FourBit(own.outputs, own.inputs, own.dtype, kind=own.kind, double=own.nested, scratch=self.spare)
+        seen = self._seen(path, tensor)
+        weight = seen.clone() if path in self.packed else tensor.read().to(self.dtype)
+        if update is None:
+            form.store(weight)
+        else:
+            form.store(weight)
+            untouched = form.dense().clone()  # W₀
+            add(path, weight, seen, update)
+            form.store(weight)
+            self.matrices.append(account(path, untouched, seen, form.dense(), update))
         return form.state_tensors(f"{path}.weight")
 
-    def _seen(self, path: str) -> Tensor | None:
-        """W as training saw it, where that is not as it is stored."""
+    def _seen(self, path: str, tensor: Stored) -> Tensor:
+        """W as training saw it: in the form of the base, or rounded to the dtype of the computation."""
         linear = self.quantised.get(path)
         if linear is None:
-            return None
+            return tensor.read().to(self.dtype)
         linear.to_empty(device="cpu")
         read_module(linear, f"{path}.", self.stored)
         dense = linear.form.dense().clone()
@@ -148,30 +145,54 @@ class Pieces:
         return own
 
 
-def account(name: str, base: Tensor, seen: Tensor, after: Tensor, update: Update) -> Matrix:
-    """What became of a matrix.
+def add(name: str, merged: Tensor, seen: Tensor, update: Update) -> Matrix:
+    """Adds the update to a matrix in place, in fp32 and rounded to its dtype, and says what became of it.
 
     Args:
-        base: W₀, the merged matrix of no update.
+        merged: W₀, the merged matrix of no update; W' afterwards.
         seen: W, what training saw.
-        after: W'.
     """
-    size, norm, kept, missed = 0.0, 0.0, 0.0, 0.0  # ‖W‖², ‖ΔW‖², ⟨W' - W₀, ΔW⟩, ‖W' - W - ΔW‖²
+    sums = _Sums()
+    for rows in _slices(merged):
+        delta, wide, base = (
+            update[rows],
+            seen[rows].to(torch.float32, copy=True),
+            merged[rows].to(torch.float32, copy=True),
+        )
+        merged[rows] = base + delta
+        sums.add(base, wide, merged[rows].float(), delta)
+    return sums.matrix(name)
+
+
+def account(name: str, base: Tensor, seen: Tensor, after: Tensor, update: Update) -> Matrix:
+    """What became of a matrix: W₀ is ``base``, W is ``seen`` and W' is ``after``."""
+    sums = _Sums()
     for rows in _slices(after):
-        delta, wide, new = update[rows], seen[rows].float(), after[rows].float()
-        size += float(torch.linalg.vector_norm(wide)) ** 2
-        norm += float(torch.linalg.vector_norm(delta)) ** 2
-        kept += float((new - base[rows].float()).mul_(delta).sum())
-        missed += float(torch.linalg.vector_norm((new - wide).sub_(delta))) ** 2
-    relative, error = ((part / size) ** 0.5 if size else float("inf") if part else 0.0 for part in (norm, missed))
-    return Matrix(name, relative, error, kept / norm if norm else 1.0)
+        sums.add(base[rows].float(), seen[rows].float(), after[rows].float(), update[rows])
+    return sums.matrix(name)
 
 
-def _summed(weight: Tensor, update: Update, out: Tensor) -> Tensor:
-    """W + ΔW, computed in fp32 and rounded to the dtype of ``out``."""
-    for rows in _slices(weight):
-        out[rows] = weight[rows].to(torch.float32, copy=True).add_(update[rows])
-    return out
+@dataclass
+class _Sums:
+    """Over the slices of a matrix: ‖W‖², ‖ΔW‖², ⟨W' - W₀, ΔW⟩, ‖W' - W - ΔW‖²."""
+
+    size: float = 0.0
+    norm: float = 0.0
+    kept: float = 0.0
+    missed: float = 0.0
+
+    def add(self, base: Tensor, seen: Tensor, after: Tensor, delta: Tensor) -> None:
+        self.size += float(torch.linalg.vector_norm(seen)) ** 2
+        self.norm += float(torch.linalg.vector_norm(delta)) ** 2
+        self.kept += float((after - base).mul_(delta).sum())
+        self.missed += float(torch.linalg.vector_norm((after - seen).sub_(delta))) ** 2
+
+    def matrix(self, name: str) -> Matrix:
+        relative, error = (
+            (part / self.size) ** 0.5 if self.size else float("inf") if part else 0.0
+            for part in (self.norm, self.missed)
+        )
+        return Matrix(name, relative, error, self.kept / self.norm if self.norm else 1.0)
 
 
 def _slices(matrix: Tensor) -> Iterator[slice]:
@@ -201,18 +222,20 @@ def _code(dtype: torch.dtype) -> str:
 
 def config_of(pieces: Pieces) -> dict[str, Any]:
     """What of ``config.json`` is another than the base's, for what ``pieces`` writes."""
-    if pieces.policy == "requantised":
-        form = next(iter(pieces.quantised.values())).form
-        assert isinstance(form, FourBit), "refused before"
-        name = str(pieces.dtype).removeprefix("torch.")
-        said = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": form.kind,
-            "bnb_4bit_use_double_quant": form.nested,
-            "bnb_4bit_compute_dtype": name,
-            "bnb_4bit_quant_storage": "uint8",
-        }
-        return {"quantization_config": said, "torch_dtype": None, "dtype": name}
-    return {"quantization_config": None} if pieces.packed else {}
+    name = str(pieces.dtype).removeprefix("torch.")
+    if pieces.policy != "requantised":
+        return {"quantization_config": None, "torch_dtype": None, "dtype": name} if pieces.packed else {}
+    form = next(iter(pieces.quantised.values())).form
+    assert isinstance(form, FourBit), "refused before"
+    others = [path for path in linears_of(pieces.outline) if path.removesuffix(".base") not in pieces.quantised]
+    said = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": form.kind,
+        "bnb_4bit_use_double_quant": form.nested,
+        "bnb_4bit_compute_dtype": name,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head", *(path.removesuffix(".base") for path in others)] if others else None,
+    }
+    return {"quantization_config": said, "torch_dtype": None, "dtype": name}

@@ -33,7 +33,7 @@ from lamina.training.loop import State, Step, memory_told, rehearse, start, trai
 from lamina.training.resume import Progress, has_state, load_state, locked, save_state
 from lamina.understand.card import Card
 
-CHANGEABLE = ("read_ahead", "save_every", "memory_gib")
+CHANGEABLE = ("read_ahead", "save_every", "memory_gib", "checkpoint_layers", "offload_checkpoints")
 """Settings that a resumed run may change, because they change nothing of its result."""
 
 

@@ -128,8 +128,8 @@ def test_jobs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None
         ),
         (
             ["train", "--resume", "runs/a", "--rank", "3", "--read-ahead", "9"],
-            "found --rank with --resume, expected only --read-ahead, --memory-gib, --save-every: a resumed run is the same run; "
-            "for another one: lamina train runs/a/job.toml --rank …",
+            "found --rank with --resume, expected only --read-ahead, --checkpoint-layers, --offload-checkpoints, --memory-gib, "
+            "--save-every: a resumed run is the same run; for another one: lamina train runs/a/job.toml --rank …",
         ),
         (["train", "demo", "--layers", "abc"], "--layers: found 'abc', expected text that matches ^(all|"),
         (["train", "demo", "--name", "a/b"], "--name: found 'a/b', expected text that matches ^[A-Za-z0-9]"),
@@ -154,7 +154,7 @@ def test_jobs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None
         ),
         (
             ["train", "demo", "--base", "bf16"],
-            "[model]: base: found bf16 with dtype fp32, expected the same; leave base out",
+            "[model]: base: found bf16 with dtype fp32, expected the same; set dtype to bf16, or leave base out",
         ),
         (["generate", "run"], "the following arguments are required: --prompts; see `lamina generate --help`"),
     ],

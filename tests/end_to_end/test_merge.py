@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from merged_runs import a_run, proof
+from merged_runs import a_run, proof, rewrite
 
 from lamina import jobfile, merging, policies
-from lamina.errors import AdapterError, CheckpointError
+from lamina.errors import AdapterError, CheckpointError, ConfigError
 from lamina.job import read_job
 from lamina.merging import COMPARED, merge
 from lamina.model.decoder import Decoder
@@ -55,14 +55,18 @@ def test_the_difference_is_that_of_the_whole_models(tmp_path: Path, monkeypatch:
 def test_an_update_that_rounding_took_away_is_told(tmp_path: Path) -> None:
     """An update far below the rounding step of bf16: the merged model is the base, and KL is that of the adapter."""
     run = a_run(tmp_path, std=1e-6)
-    record = merge(run, tmp_path / "out", changes={"dtype": "fp32"})
+    with pytest.raises(ConfigError, match="found another dtype for a merge, expected those of the run"):
+        merge(run, tmp_path / "out", changes={"dtype": "fp32"})
+    rewrite(run, "model", dtype="fp32")
+    record = merge(run, tmp_path / "out")
     assert record.survived < 0.05
     assert proof(record).same, "so weak an adapter does next to nothing"
 
     strong = a_run(tmp_path / "strong", std=0.5)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policies, "_summed", lambda weight, update, out: weight)
+        add = policies.add
+        patch.setattr(policies, "add", lambda name, merged, *rest: add(name, merged.clone(), *rest))
         record = merge(strong, tmp_path / "other")
     assert not proof(record).same
     assert any("does NOT answer as the adapter does" in line for line in proof(record).lines())

@@ -12,16 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina import cli
+from lamina.adapter_files import outline_adapter
 from lamina.errors import ConfigError
 from lamina.job import read_job
 from lamina.merging import merge
 from lamina.model.checkpoint import stored_tensors
 from lamina.model.decoder import Decoder
+from lamina.model.fingerprint import stored_fingerprint
 from lamina.model.quantised import QuantisedLinear, linears_of
-from lamina.model.weights import load_model
+from lamina.model.weights import load_model, outline
 from lamina.opened import open_run
 from lamina.ops.attention import Packed
 from lamina.ops.library import bitsandbytes
+from lamina.policies import Pieces
 
 SIZE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 FORMS = [("nf4", True), ("nf4", False), ("fp4", True)]
@@ -112,6 +115,22 @@ def test_a_base_that_is_stored_in_four_bits_merges_into_what_training_saw(tmp_pa
         assert (proof(record).kl < 1e-3) == (policy == "dequantised")
     plain = {tensor.code for tensor in stored_tensors(tmp_path / "dequantised").values()}
     assert plain == {"BF16"}
+
+
+@pytest.mark.parametrize("policy", ["original", "dequantised", "requantised"])
+def test_nothing_of_the_base_stays_in_memory(policy: Any, tmp_path: Path) -> None:
+    run = a_run(tmp_path, form="nf4", **SIZE)
+    job = read_job(run)
+    model, stored = outline(Path(job.model.model), torch.bfloat16, "nf4")
+    adapter = outline_adapter(model, run / "adapter", stored_fingerprint(model.architecture, stored))
+    pieces = Pieces(policy, model, stored, adapter, torch.bfloat16)
+    for piece in pieces:
+        assert {name: (tuple(t.shape)) for name, t in piece.make().items()} == {
+            n: f.shape for n, f in piece.forms.items()
+        }
+    assert len(pieces.matrices) == 14
+    frozen = [t for linear in linears_of(model).values() for t in linear.buffers()]
+    assert frozen and all(tensor.is_meta for tensor in frozen)
 
 
 @pytest.mark.parametrize(

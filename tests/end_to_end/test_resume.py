@@ -110,6 +110,21 @@ def test_a_killed_run_resumes_to_the_same_result(line: str, place: Path, named: 
 
 
 @pytest.mark.slow
+def test_a_killed_run_over_four_bits_with_moments_in_eight_resumes_to_the_same_result(
+    place: Path, named: list[str]
+) -> None:
+    flags = [*named, "--base", "nf4", "--optimizer", "adamw8bit", "--micro-batch-tokens", "40"]
+    whole, run = place / "whole-nf4", place / "killed-nf4"
+    subprocess.run(train(*flags, "--out", str(whole)), check=True, capture_output=True, env=single_thread())
+    process = run_until(train(*flags, "--out", str(run)), "step 5/")
+    process.kill()
+    process.communicate()
+    again = train("--resume", str(run), "--checkpoint-layers", "1")  # another memory, the same bits
+    subprocess.run(again, check=True, capture_output=True, env=single_thread())
+    assert_same(run, whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_and_says_how_to_go_on(
     number: signal.Signals, place: Path, named: list[str], whole: Path
@@ -145,7 +160,7 @@ def test_a_resumed_run_is_the_same_run_or_none(
 ) -> None:
     assert cli.main(["train", "--resume", str(whole), "--learning-rate", "1e-3"]) == 2
     assert (
-        "found --learning-rate with --resume, expected only --read-ahead, --memory-gib, --save-every"
+        "found --learning-rate with --resume, expected only --read-ahead, --checkpoint-layers, --offload-checkpoints, "
         in capsys.readouterr().err
     )
 

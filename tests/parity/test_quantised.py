@@ -21,6 +21,7 @@ from lamina.ops.library import bitsandbytes
 
 # Rows of whole blocks: bitsandbytes 0.50.2 dequantises others wrongly on AVX-512.
 SIZE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_key_value_heads": 2}
+STATE = "weight.quant_state.bitsandbytes__nf4"
 FORMS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 LORA = LoRA(rank=4, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
 
@@ -141,6 +142,46 @@ def test_what_transformers_saved_in_eight_bits_loads_as_it_is(tmp_path: Path) ->
     torch.testing.assert_close(ours_up, expected, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
 
 
+def saved_without(folder: Path, out: Path, *skipped: str) -> Any:
+    """Saved by transformers in four bits, but for the linears that are named; returns their model in fp32."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    bitsandbytes()
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=list(skipped),
+    )
+    guest = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config, device_map="cpu"
+    )
+    guest.save_pretrained(out)
+    return guest.eval()
+
+
+def test_linears_that_were_left_in_numbers_stay_numbers(tmp_path: Path) -> None:
+    guest = saved_without(base(tmp_path), tmp_path / "saved", "lm_head", "down_proj")
+    model = load_model(tmp_path / "saved", "fp32", "cpu")
+    kinds = {path.rsplit(".", 1)[1]: isinstance(linear, QuantisedLinear) for path, linear in linears_of(model).items()}
+    assert kinds == {name: name != "down_proj" for name in kinds} and len(kinds) == 7
+    assert torch.equal(logits(model, ids()), theirs(guest, ids()))
+
+
+def test_a_head_in_four_bits_is_refused(tmp_path: Path) -> None:
+    saved_without(base(tmp_path), tmp_path / "saved", "nothing")
+    with pytest.raises(ModelError, match="lm_head.weight is stored as U8, expected F64, F32, F16 or BF16"):
+        load_model(tmp_path / "saved", "fp32", "cpu")
+
+
+@pytest.mark.parametrize("unknown", ["nf5", "none", ""])
+def test_a_form_that_is_none_is_refused(unknown: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"base: found '{unknown}', expected one of bf16, fp32, nf4, fp4, int8, fp8"):
+        load_model(base(tmp_path), "fp32", "cpu", base=unknown)
+    with pytest.raises(ConfigError, match="base: found nf4 computed in torch.float64, expected bf16 or fp32"):
+        load_model(base(tmp_path), torch.float64, "cpu", base="nf4")
+
+
 def test_a_stored_form_is_not_turned_into_another(tmp_path: Path) -> None:
     hosted(base(tmp_path), torch.bfloat16, "nf4").save_pretrained(tmp_path / "saved")
     for other in ("bf16", "fp4", "int8"):
@@ -156,14 +197,29 @@ def test_a_damaged_group_is_named(tmp_path: Path) -> None:
     hosted(base(tmp_path), torch.bfloat16, "nf4").save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "model.safetensors"
     tensors = load_file(file)
-    del tensors["model.layers.1.mlp.up_proj.weight.absmax"]
+    absmax = tensors.pop("model.layers.1.mlp.up_proj.weight.absmax")
     save_file(tensors, file)
     with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj: found .*, expected weight.absmax beside them"):
         load_model(tmp_path / "saved", "bf16", "cpu")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, file)
-    with pytest.raises(ModelError, match=r"do not fit config.json: .*model.layers.1.mlp.up_proj"):
-        load_model(tmp_path / "saved", "bf16", "cpu")
+    whole = dict(tensors)
+    for change, told in (
+        ({"weight": None}, r"model.layers.1.mlp.up_proj"),
+        (
+            {"weight.nested_absmax": None},
+            r"linears stored as nf4, and 1 otherwise, the first model.layers.1.mlp.up_proj with",
+        ),
+        (
+            {STATE: torch.tensor(list(b"[1, 2]"), dtype=torch.uint8)},
+            "bitsandbytes__nf4 is no JSON object; download it again",
+        ),
+        ({STATE: torch.tensor([255, 254], dtype=torch.uint8)}, "bitsandbytes__nf4 is no JSON object"),
+        ({"weight.quant_map": torch.zeros(0)}, "quant_map is 0 other values, expected the 16 values of nf4"),
+    ):
+        damaged = {**whole, **{f"model.layers.1.mlp.up_proj.{part}": tensor for part, tensor in change.items()}}
+        damaged["model.layers.1.mlp.up_proj.weight.absmax"] = absmax
+        save_file({name: tensor for name, tensor in damaged.items() if tensor is not None}, file)
+        with pytest.raises(ModelError, match=told):
+            load_model(tmp_path / "saved", "bf16", "cpu")
 
 
 def test_gradients_through_the_same_four_bits(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lamina import policies
-from lamina.policies import Update, _summed, account
+from lamina.policies import Update, account, add
 
 NAME = "model.layers.1.mlp.down_proj"
 
@@ -25,14 +25,15 @@ def operands(dtype: torch.dtype, std: float) -> tuple[Tensor, Update, Tensor]:
 def test_the_update_and_its_account(dtype: torch.dtype, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies, "_SLICE", 200)  # three rows of 64 at a time, the last slice smaller
     weight, update, delta = operands(dtype, std)
-    found = _summed(weight, update, weight.clone())
+    found = weight.clone()
+    matrix = add(NAME, found, weight, update)
     expected = (weight.double() + delta).to(dtype)
     # A product of rank 4 in slices may be summed in another order than in one piece: off by some 2^-24 of ΔW, which may tip
     # a rounding of W'; so equal but for one step of the stored dtype.
     assert found.dtype == dtype
     assert torch.allclose(found.double(), expected.double(), rtol=torch.finfo(dtype).eps, atol=1e-7 * std)
 
-    matrix = account(NAME, weight, weight, found, update)
+    assert matrix == account(NAME, weight, weight, found, update)
     before, moved = weight.double(), found.double() - weight.double()
     assert (matrix.name, matrix.layer) == (NAME, 1)
     assert matrix.relative == pytest.approx(float(delta.norm() / before.norm()), rel=1e-5)
@@ -47,7 +48,7 @@ def test_the_update_and_its_account(dtype: torch.dtype, std: float, monkeypatch:
 def test_a_base_that_training_did_not_see_is_an_error_and_no_loss_of_the_update() -> None:
     weight, update, delta = operands(torch.float32, 0.1)
     seen = weight + torch.randn(32, 64) * 0.01
-    matrix = account(NAME, weight, seen, _summed(weight, update, weight.clone()), update)
+    matrix = add(NAME, weight.clone(), seen, update)
     assert matrix.survived == pytest.approx(1, abs=1e-5)
     assert matrix.error == pytest.approx(float((weight - seen).norm() / seen.norm()), rel=1e-4)
     assert matrix.relative == pytest.approx(float(delta.norm() / seen.double().norm()), rel=1e-5)
@@ -58,5 +59,5 @@ def test_no_update_and_no_base() -> None:
     matrix = account(NAME, weight, weight, weight, update)
     assert (matrix.relative, matrix.error, matrix.survived) == (0, 0, 1)
     nothing, update = torch.zeros(32, 64), operands(torch.float32, 1.0)[1]
-    matrix = account(NAME, nothing, nothing, _summed(nothing, update, nothing.clone()), update)
+    matrix = add(NAME, nothing.clone(), nothing, update)
     assert matrix.relative == math.inf and matrix.survived == pytest.approx(1, abs=1e-6)

@@ -14,7 +14,7 @@ from lamina.understand.proof import Policy
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    add_opening(parser, "folder of a run")
+    add_opening(parser, "folder of a run", as_trained=True)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, new or empty")
     parser.add_argument(
         "--policy",

@@ -15,11 +15,11 @@ _MODEL = {"model": ModelSettings}
 _SAMPLING = {"generate": Sampling}
 
 
-def add_opening(parser: argparse.ArgumentParser, what: str) -> None:
-    """RUN, and how to load it."""
+def add_opening(parser: argparse.ArgumentParser, what: str, as_trained: bool = False) -> None:
+    """RUN, and how to load it; ``as_trained`` in the form and precision in which it was trained, and no other."""
     parser.add_argument("run", metavar="RUN", type=named, help=what)
     parser.add_argument("--best", action="store_true", help="the run's best adapter instead of its last")
-    settings.add_flags(parser, _MODEL, without={"model"})
+    settings.add_flags(parser, _MODEL, without={"model", *(("dtype", "base", "double_quant") if as_trained else ())})
 
 
 def named(text: str) -> str:

@@ -70,6 +70,7 @@ class Stored:
         Raises:
             ModelError: the file cannot be read, or ends too early.
         """
+        assert tuple(out.shape) == self.shape, f"{self.name} is read into another shape"
         flat = out.view(-1)
         direct = flat.dtype == self.dtype and flat.device.type == "cpu"
         piece = flat if direct else torch.empty(min(_PIECE, flat.numel()), dtype=self.dtype)

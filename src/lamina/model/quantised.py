@@ -1,5 +1,6 @@
 """Linears whose frozen weight is stored in another form than its numbers. The decoder knows nothing of it: its leaves are replaced."""
 
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -59,15 +60,20 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def quantise_leaves(model: Decoder, base: Base, double: bool, dtype: torch.dtype) -> None:
+def quantise_leaves(
+    model: Decoder, base: Base, double: bool, dtype: torch.dtype, only: Collection[str] | None = None
+) -> None:
     """Replaces the linears of the layers of a model on the ``meta`` device; their forms have shapes and no contents yet.
 
     Args:
+        only: paths of the linears that are replaced; nothing means all.
         double: whether the scales of 4-bit blocks are quantised too.
         dtype: in which the model computes.
     """
     scratch = SharedBuffer()
     for path, linear in linears_of(model).items():
+        if only and path not in only:
+            continue
         outputs, inputs = linear.out_features, linear.in_features
         with torch.device("meta"):
             form = _form(base, outputs, inputs, double, dtype, scratch)

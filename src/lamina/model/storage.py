@@ -7,6 +7,7 @@ together, ``weight.quant_state.bitsandbytes__nf4``. In eight bits (LLM.int8) it 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,20 @@ def form_stored(folder: Path, stored: Mapping[str, Stored]) -> StoredForm | None
     groups = parts_of(stored)
     if not groups:
         return None
-    kinds = {_kind(parts) for parts in groups.values()}
-    doubled = {"weight.nested_absmax" in parts for parts in groups.values()}
-    match sorted(kinds):
-        case ["nf4" | "fp4" | "int8" as kind] if len(doubled) == 1:
-            return StoredForm(kind, doubled.pop())
+    kinds = {path: (_kind(parts), "weight.nested_absmax" in parts) for path, parts in groups.items()}
+    (kind, double), _ = Counter(kinds.values()).most_common(1)[0]
+    others = [path for path, found in kinds.items() if found != (kind, double)]
+    match kind:
+        case "nf4" | "fp4" | "int8" if not others:
+            return StoredForm(kind, double)
+    found = (
+        f"{len(others)} otherwise, the first {others[0]} with {', '.join(sorted(groups[others[0]]))}"
+        if others
+        else "all"
+    )
     raise ModelError(
-        f"{folder}: linears stored as {', '.join(sorted(kinds))}, expected all of them in one of nf4, fp4, int8 by bitsandbytes"
+        f"{folder}: linears stored as {kind}, and {found}; expected all of them in one of nf4, fp4, int8 as bitsandbytes writes "
+        "them; download the checkpoint again"
     )
 
 
@@ -84,6 +92,8 @@ def fill(linear: QuantisedLinear, parts: Mapping[str, Stored], where: str) -> No
     try:
         match linear.form:
             case Int8() as form:
+                if "weight_format" in parts and parts["weight_format"].read().any():
+                    raise ModelError(f"{where}: found another order than rows (weight_format), expected rows")
                 form.from_bitsandbytes(read("weight").to(device), read("SCB").to(device))
             case FourBit() as form:
                 read_all = [read("weight"), read("weight.absmax"), read("weight.quant_map")]
@@ -94,7 +104,7 @@ def fill(linear: QuantisedLinear, parts: Mapping[str, Stored], where: str) -> No
                 nested_absmax, nested_code = doubled or (None, None)
                 form.load_stored(packed, absmax, code, nested_absmax, nested_code, _state(parts))
     except ValueError as error:
-        raise ModelError(f"{where}: {error}") from None
+        raise ModelError(f"{where}: {error}; download it again") from None
 
 
 def _kind(parts: Mapping[str, Stored]) -> str:
@@ -107,5 +117,10 @@ def _kind(parts: Mapping[str, Stored]) -> str:
 
 def _state(parts: Mapping[str, Stored]) -> dict[str, Any]:
     tensor = next(part for name, part in parts.items() if name.startswith(_STATE))
-    state: dict[str, Any] = json.loads(bytes(tensor.read().tolist()))
+    try:
+        state = json.loads(bytes(tensor.read().tolist()))
+    except ValueError:  # no text, or no JSON
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"{tensor.name} is no JSON object")
     return state

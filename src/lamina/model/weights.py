@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, cast, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +21,7 @@ from lamina.model.checkpoint import Stored, stored_tensors, summary
 from lamina.model.decoder import Decoder
 from lamina.model.fingerprint import stored_fingerprint
 from lamina.model.locate import locate
-from lamina.model.quantised import Base, QuantisedLinear, device_of, quantise_leaves, quantised_of
+from lamina.model.quantised import Base, QuantisedLinear, device_of, linears_of, quantise_leaves, quantised_of
 from lamina.model.storage import StoredForm, fill, form_stored, parts_of
 from lamina.section import section
 
@@ -52,7 +52,9 @@ class ModelSettings:
     @model_validator(mode="after")
     def _computed(self) -> "ModelSettings":
         if self.base in DTYPES and self.base != self.dtype:
-            raise ValueError(f"base: found {self.base} with dtype {self.dtype}, expected the same; leave base out")
+            raise ValueError(
+                f"base: found {self.base} with dtype {self.dtype}, expected the same; set dtype to {self.base}, or leave base out"
+            )
         return self
 
     @property
@@ -122,10 +124,12 @@ def outline(
     stored = used_tensors(folder, architecture)
     with torch.device("meta"):
         model = Decoder(architecture)
-    _check_fit(folder, {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}, stored)
+    _check_fit(folder, model, stored)
     model.to(dtype)
     if form := _form(folder, stored, base, double_quant):
-        quantise_leaves(model, form.base, form.double, dtype)
+        if dtype not in DTYPES.values():
+            raise ConfigError(f"base: found {form.base} computed in {dtype}, expected bf16 or fp32")
+        quantise_leaves(model, form.base, form.double, dtype, parts_of(stored))
     return model.requires_grad_(False).eval(), stored
 
 
@@ -138,7 +142,11 @@ def _form(folder: Path, stored: Mapping[str, Stored], base: str | None, double_q
                 "was made from"
             )
         return own
-    return None if base is None or base in DTYPES else StoredForm(cast(Base, base), double_quant)
+    if base is None or base in DTYPES:
+        return None
+    if base not in get_args(Base):
+        raise ConfigError(f"base: found {base!r}, expected one of {', '.join((*DTYPES, *get_args(Base)))}")
+    return StoredForm(cast(Base, base), double_quant)
 
 
 def form_of_folder(folder: Path, settings: ModelSettings) -> StoredForm | None:
@@ -195,13 +203,14 @@ def used_tensors(folder: Path, architecture: Architecture) -> dict[str, Stored]:
     return stored
 
 
-def _check_fit(folder: Path, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]) -> None:
-    packed = parts_of(stored)
-    quantised = {f"{path}.{part}" for path, parts in packed.items() for part in parts}
+def _check_fit(folder: Path, model: Decoder, stored: Mapping[str, Stored]) -> None:
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    packed, linears = parts_of(stored), linears_of(model)
+    quantised = {f"{path}.{part}" for path in packed.keys() & linears.keys() for part in packed[path]}
     plain = {name: tensor for name, tensor in stored.items() if name not in quantised}
     wanted = {name: shape for name, shape in shapes.items() if name not in quantised}
     missing = wanted.keys() - plain.keys()
-    unexpected = plain.keys() - wanted.keys() | {f"{path}.weight" for path in packed if f"{path}.weight" not in shapes}
+    unexpected = plain.keys() - wanted.keys()
     problems = []
     if missing:
         problems.append(f"missing {len(missing)}: {summary(name for name in shapes if name in missing)}")

@@ -110,6 +110,8 @@ class FourBit(nn.Module):
 
         It goes slice by slice, so that the memory this takes is small; the bytes are those of the whole.
         """
+        if tuple(weight.shape) != (self.outputs, self.inputs):
+            raise ValueError(f"found a weight {list(weight.shape)}, expected {[self.outputs, self.inputs]}")
         values = weight.reshape(-1)
         size = _SLICE if self.packed.device.type == "cpu" else _SLICE_ELSEWHERE
         absmax = torch.empty(len(self.absmax), device=self.packed.device) if self.nested else self.absmax
@@ -201,7 +203,12 @@ class FourBit(nn.Module):
             self.offset.fill_(state["nested_offset"])
 
     def _faults(self, state: dict[str, Any]) -> list[str]:
-        found = {**state, "shape": tuple(state.get("shape") or ()), "dtype": self._layout()["dtype"]}
+        shape = state.get("shape")
+        found = {
+            **state,
+            "shape": tuple(shape) if isinstance(shape, list | tuple) else shape,
+            "dtype": self._layout()["dtype"],
+        }
         faults = [
             f"{name} is {found.get(name)}, expected {value}"
             for name, value in self._layout().items()
@@ -246,7 +253,7 @@ def _map_faults(name: str, found: Tensor | None, code: Any) -> list[str]:
     expected = on_device(code, torch.device("cpu"))
     if found.shape == expected.shape and torch.allclose(found.cpu().float(), expected, rtol=0, atol=1e-6):
         return []
-    return [f"{name} is {found.numel()} values from {found.min():.4g}, expected the {len(expected)} values of {code}"]
+    return [f"{name} is {found.numel()} other values, expected the {len(expected)} values of {code}"]
 
 
 def _quantise(values: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,8 @@ class Fp8(nn.Module):
     @torch.no_grad()
     def store(self, weight: Float[Tensor, "out D"]) -> None:
         """Quantises a weight into the buffers: |W - s·q| is at most 2⁻⁴·|W|, or s·2⁻¹⁰ where q is subnormal."""
+        if weight.shape != self.bits.shape:
+            raise ValueError(f"found a weight {list(weight.shape)}, expected {list(self.bits.shape)}")
         parts = zip(weight.split(STORED), self.codes.split(STORED), self.scale.split(STORED), strict=True)
         for given, codes, scale in parts:
             found, factors = quantise_rows(given)

@@ -3,7 +3,7 @@
 LoRA needs two things of W: x·Wᵀ on the way forward, and grad·W on the way back, to the input. No gradient of W is ever
 taken, so nothing here asks W to be a tensor of the dtype in which the model computes. ``Dense`` is the plain form; the others
 (``fourbit``, ``int8``, ``fp8``) store fewer bits and are modules with buffers. A form that makes dense numbers again makes
-them in ``SharedBuffer``, one buffer for the whole model: at any time one matrix is dense, and no memory is asked for in a step.
+them in ``SharedBuffer``, one for the whole model: at any time one matrix is dense, and no step asks for the memory of another.
 """
 
 from collections.abc import Callable

@@ -87,6 +87,8 @@ class Int8(nn.Module):
     @torch.no_grad()
     def store(self, weight: Float[Tensor, "out D"]) -> None:
         """Quantises a weight into the buffers: |W - s·q| ≤ s/2, up to fp32's rounding of W/s."""
+        if weight.shape != self.codes.shape:
+            raise ValueError(f"found a weight {list(weight.shape)}, expected {list(self.codes.shape)}")
         parts = zip(weight.split(STORED), self.codes.split(STORED), self.scale.split(STORED), strict=True)
         for given, codes, scale in parts:
             wide = self.scratch(given.numel(), torch.float32, given.device).view(given.shape)

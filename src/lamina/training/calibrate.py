@@ -7,7 +7,8 @@ machine.
 """
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,19 +37,26 @@ class Pace:
     rest: float
     """Last norm and loss, where every token is a target."""
 
-    def seconds(self, tokens: int, layers: int, recomputed: int = 0) -> float:
-        """The time of so many tokens through so many layers; a recomputed one costs its forward, a third, once more."""
-        return tokens * (self.layer * (layers + recomputed / 3) + self.rest)
+    def seconds(self, tokens: int, layers: int, recomputed: int = 0, below: int = 0) -> float:
+        """The time of so many tokens through so many layers.
+
+        A recomputed layer costs its forward pass, a third, once more; one ``below`` the lowest adapter costs only that.
+        """
+        passes = layers + max(0, recomputed - below) / 3 - below * 2 / 3
+        return tokens * (self.layer * passes + self.rest)
 
 
-def calibrate(architecture: Architecture, settings: ModelSettings, lora: LoRA, tokens: int) -> Pace:
+def calibrate(architecture: Architecture, settings: ModelSettings, ranks: Mapping[str, int], tokens: int) -> Pace:
     """Times forward and backward of one layer, and of the loss.
 
     Args:
+        ranks: of each adapted linear by its path; the layer gets those that occur, at their most common rank.
         tokens: of a usual micro-batch.
     """
     tokens = min(tokens, TOKENS, architecture.max_position)
-    model = _one_layer(architecture, settings, lora)
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    names = tuple(sorted({path.split(".", 3)[3] for path in ranks}))
+    model = _one_layer(architecture, settings, LoRA(rank=rank, targets=names))
     device, dtype = model.vocabulary.device, model.vocabulary.dtype
     x = torch.randn(tokens, architecture.width, device=device).to(dtype).requires_grad_()
     turns = angles(architecture.rope, architecture.head_width, torch.arange(tokens, device=device), dtype)
@@ -81,7 +89,7 @@ def _one_layer(architecture: Architecture, settings: ModelSettings, lora: LoRA) 
         if isinstance(linear, QuantisedLinear):
             shape = (linear.out_features, linear.in_features)
             linear.form.store(torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator))
-    attach(model, replace(lora, layers="all"))
+    attach(model, lora)
     return model.train()
 
 

@@ -29,6 +29,7 @@ from lamina.training.kept import (
     shapes,
 )
 
+SMALL = 4096
 EIGHT_BIT = 1 + FLOAT / 256
 """Bytes of a moment of 8-bit AdamW: one, and the scale of 256 of them."""
 
@@ -112,8 +113,20 @@ def weights(setup: Setup) -> int:
 
 def trainable(setup: Setup) -> int:
     """Numbers of all A and B."""
+    return sum(_factors(setup))
+
+
+def _factors(setup: Setup) -> Iterator[int]:
+    """Numbers of each A and B."""
     linears = shapes(setup.architecture)
-    return sum(rank * sum(linears[".".join(path.split(".")[3:])]) for path, rank in setup.ranks.items())
+    for path, rank in setup.ranks.items():
+        outputs, inputs = linears[".".join(path.split(".")[3:])]
+        yield from (rank * inputs, rank * outputs)
+
+
+def _moment_bytes(setup: Setup, size: int) -> float:
+    """Bytes of a number of a moment; bitsandbytes keeps those of small tensors in fp32."""
+    return EIGHT_BIT if setup.optimizer.endswith("8bit") and size >= SMALL else FLOAT
 
 
 def _frozen(setup: Setup, outputs: int, inputs: int) -> int:
@@ -146,7 +159,7 @@ def _product(setup: Setup, tokens: int, outputs: int, inputs: int) -> int:
 def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     a, n, e = setup.architecture, portion.tokens, setup.itemsize
     numbers = trainable(setup)
-    optimiser = round(2 * numbers * (EIGHT_BIT if setup.optimizer.endswith("8bit") else FLOAT))
+    optimiser = round(2 * sum(size * _moment_bytes(setup, size) for size in _factors(setup)))
     alive = partial(
         Moment, weights=weights(setup), adapters=numbers * FLOAT, optimiser=optimiser, runtime=setup.runtime
     )

@@ -25,7 +25,7 @@ from lamina.model.decoder import Decoder
 from lamina.training.loop import State
 from lamina.training.optimizer import moments, remember
 
-VERSION = 1
+VERSION = 2
 """Of the run folder's layout."""
 
 
@@ -126,6 +126,11 @@ def read_header(run: Path) -> dict[str, Any]:
     if written is None:
         raise CheckpointError(f"{path}: not written by Lamina; start a new run, or from adapter/ by hand")
     header: dict[str, Any] = json.loads(written)
+    if header["version"] < VERSION:
+        raise CheckpointError(
+            f"{path}: written by an older version of Lamina (layout {header['version']}, this one reads {VERSION}), whose steps this "
+            f"one does not repeat bit for bit; start a new run, or go on with that version"
+        )
     if header["version"] > VERSION:
         raise CheckpointError(
             f"{path}: written by a newer version of Lamina (layout {header['version']}, this one reads {VERSION})"

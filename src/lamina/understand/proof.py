@@ -46,6 +46,8 @@ class MergeRecord:
     folder: Path
     adapter: str
     policy: Policy
+    base: str
+    """The form in which training kept the base: nf4, …, or the dtype of plain numbers."""
     matrices: tuple[Matrix, ...]
     difference: Difference | None
     not_compared: str = ""
@@ -77,13 +79,27 @@ class MergeRecord:
         ]
         if self.difference is None:
             return [*said, f"not compared: {self.not_compared}"]
-        return said + self.difference.lines()
+        return said + self.difference.lines() + ([] if self.difference.same else [self._advice()])
+
+    def _advice(self) -> str:
+        """What to do about a merged model that answers otherwise, by what makes it do so."""
+        if self.policy == "requantised":
+            return "the sum was rounded to four bits anew: merge with --policy dequantised, or use the adapter beside its base"
+        if self.base in ("int8", "fp8"):
+            return f"training over {self.base} rounds what is multiplied too, and a plain model does not: measure it with lamina eval"
+        if self.policy == "original" and self.base in ("nf4", "fp4"):
+            return f"training saw the base in {self.base}, and this is another one: merge with --policy dequantised"
+        return (
+            "look at the matrices of which little survived, in lamina_merge.json; where much was rounded away, use the adapter "
+            "beside its base, or merge into a base stored in fp32"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The record for machines."""
         return {
             "adapter": self.adapter,
             "policy": self.policy,
+            "base": self.base,
             "survived": self.survived,
             "difference": None if self.difference is None else self.difference.as_json(),
             "not_compared": self.not_compared or None,

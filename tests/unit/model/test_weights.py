@@ -108,7 +108,9 @@ def test_settings_take_the_base_of_the_computation() -> None:
 
 
 def test_base_and_dtype_must_agree() -> None:
-    with pytest.raises(ConfigError, match="^base: found bf16 with dtype fp32, expected the same; leave base out$"):
+    with pytest.raises(
+        ConfigError, match="^base: found bf16 with dtype fp32, expected the same; set dtype to bf16, or leave base out$"
+    ):
         ModelSettings(model="m", dtype="fp32", base="bf16")
 
 

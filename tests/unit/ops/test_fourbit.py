@@ -220,14 +220,14 @@ def test_bytes_stored_as_another_dtype_load_too() -> None:
         ({"state": {"nested_offset": None}}, "nested_offset is None, expected a number"),
         ({"state": {"quant_type": "fp4"}}, "quant_type is fp4, expected nf4"),
         ({"state": {"shape": [96, 24]}}, r"shape is \(96, 24\), expected \(24, 96\)"),
-        ({"state": {"shape": None}}, r"shape is \(\), expected \(24, 96\)"),
+        ({"state": {"shape": None}}, r"shape is None, expected \(24, 96\)"),
         ({"packed": torch.zeros(7, 1, dtype=torch.uint8)}, "packed is 7 × uint8, expected 1152 × uint8"),
         ({"absmax": torch.zeros(36)}, "absmax is 36 × float32, expected 36 × uint8"),
         ({"nested_absmax": None}, "nested_absmax is absent, expected 1 × float32"),
         ({"nested_quant_map": None}, "nested_quant_map is absent, expected the values of dynamic"),
-        ({"nested_quant_map": torch.linspace(-1, 1, 256)}, "nested_quant_map is 256 values from -1, expected the 256"),
-        ({"quant_map": torch.linspace(-1, 1, 16)}, "quant_map is 16 values from -1, expected the 16 values of nf4"),
-        ({"quant_map": torch.zeros(3)}, "quant_map is 3 values from 0, expected the 16 values of nf4"),
+        ({"nested_quant_map": torch.linspace(-1, 1, 256)}, "nested_quant_map is 256 other values, expected the 256"),
+        ({"quant_map": torch.linspace(-1, 1, 16)}, "quant_map is 16 other values, expected the 16 values of nf4"),
+        ({"quant_map": torch.zeros(3)}, "quant_map is 3 other values, expected the 16 values of nf4"),
     ],
 )
 def test_stored_forms_that_do_not_fit_are_refused(change: dict[str, Any], fault: str) -> None:

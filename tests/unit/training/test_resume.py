@@ -154,6 +154,12 @@ def test_a_file_of_someone_else(tmp_path: Path) -> None:
     )
 
 
+def test_an_older_version(tmp_path: Path) -> None:
+    save(tmp_path)
+    rewrite(tmp_path, version=VERSION - 1)
+    assert "written by an older version of Lamina (layout 1, this one reads 2)" in refusal(tmp_path)
+
+
 def test_a_newer_version(tmp_path: Path) -> None:
     save(tmp_path)
     rewrite(tmp_path, version=VERSION + 1)

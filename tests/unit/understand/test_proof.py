@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from lamina.understand.proof import Matrix, MergeRecord
+import pytest
+
+from lamina.understand.difference import Difference
+from lamina.understand.proof import Matrix, MergeRecord, Policy
 
 ONE = Matrix("model.layers.0.mlp.up_proj", 0.5, 0.01, 0.75)
 TWO = Matrix("model.layers.0.mlp.down_proj", 0.25, 0.02, 0.25)
@@ -10,7 +13,7 @@ THREE = Matrix("model.layers.1.mlp.up_proj", 0.125, 0.03, 1.0)
 
 
 def test_the_record_in_sentences(tmp_path: Path) -> None:
-    record = MergeRecord(tmp_path, "run/adapter", "dequantised", (ONE, TWO), None, "the data is gone")
+    record = MergeRecord(tmp_path, "run/adapter", "dequantised", "nf4", (ONE, TWO), None, "the data is gone")
     assert record.lines() == [
         f"merged run/adapter into 2 matrices, dequantised (added to the weights that training saw, made dense again): {tmp_path}",
         "largest update: 50 % of the norm of model.layers.0.mlp.up_proj",
@@ -23,8 +26,23 @@ def test_the_record_in_sentences(tmp_path: Path) -> None:
     assert written["matrices"][1] == {"name": TWO.name, "relative": 0.25, "error": 0.02, "survived": 0.25}
 
 
+@pytest.mark.parametrize(
+    ("policy", "base", "advice"),
+    [
+        ("requantised", "nf4", "the sum was rounded to four bits anew: merge with --policy dequantised"),
+        ("original", "nf4", "training saw the base in nf4, and this is another one: merge with --policy dequantised"),
+        ("dequantised", "int8", "training over int8 rounds what is multiplied too"),
+        ("original", "bf16", "look at the matrices of which little survived"),
+    ],
+)
+def test_advice_fits_what_makes_a_merged_model_answer_otherwise(policy: Policy, base: str, advice: str) -> None:
+    far, near = (Difference(100, 1.0, kl, 1.0, 1.0, 2.0, 2.0) for kl in (0.1, 1e-5))
+    assert MergeRecord(Path("m"), "run/adapter", policy, base, (ONE,), far).lines()[-1].startswith(advice)
+    assert advice not in "".join(MergeRecord(Path("m"), "run/adapter", policy, base, (ONE,), near).lines())
+
+
 def test_a_row_for_each_layer(tmp_path: Path) -> None:
-    head, rows = MergeRecord(tmp_path, "run/adapter", "original", (ONE, TWO, THREE), None).table()
+    head, rows = MergeRecord(tmp_path, "run/adapter", "original", "bf16", (ONE, TWO, THREE), None).table()
     assert head == ("layer", "matrices", "‖ΔW‖/‖W‖", "error/‖W‖", "survived", "least survived")
     assert rows == [
         ("0", "2", "3.75e-01", "1.50e-02", "50.0%", "25.0% down_proj"),
