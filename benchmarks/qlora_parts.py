@@ -34,7 +34,7 @@ from lamina.ops.frozen import SharedBuffer
 from lamina.ops.library import bitsandbytes
 from lamina.training.kept import Portion, Setup, shapes
 from lamina.training.loop import Training, start, train
-from lamina.training.plan import plan, ranks_of, weights
+from lamina.training.plan import in_process, plan, ranks_of, weights
 
 BUFFER = 2**23
 """Bytes of the plain read's buffer."""
@@ -90,7 +90,7 @@ def training(
     done = list(train(model, rows, settings, start(model, settings), seed=0))
     peak = _status("VmHWM") - baseline
     (batch,) = pack(rows[:1], tokens)
-    setup = Setup(model.architecture, ranks_of(model.architecture, lora), base=base)
+    setup = in_process(Setup(model.architecture, ranks_of(model.architecture, lora), base=base))
     predicted = plan(setup, Portion(batch.lengths, batch.supervised, checkpointed))
     return {
         "steps": [step.seconds for step in done],

@@ -27,12 +27,10 @@ from lamina.training.choosing import Choice, candidates, choose
 from lamina.training.heaviest import Heaviest, heaviest, tokens_of
 from lamina.training.kept import Portion, Setup
 from lamina.training.loop import Examples, Training
-from lamina.training.plan import Plan, plan, ranks_of
+from lamina.training.plan import Plan, in_process, plan, ranks_of
 from lamina.ways_out import Cut, Way, ways_out
 
 GIB = 2**30
-RUNTIME = {"cpu": 64 * 2**20, "cuda": 64 * 2**20}
-"""What a run takes beside its tensors: primitives and scratchpads of the libraries, and a kernel's own workspace."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class _Needs:
         self.job, self.rows, self.lengths = job, rows, lengths
         architecture = read_config(base)
         form = form_of_folder(base, job.model)
-        self.setup = Setup(
+        setup = Setup(
             architecture,
             ranks_of(architecture, job.adapter),
             DTYPES[job.model.dtype].itemsize,
@@ -180,8 +178,8 @@ class _Needs:
             optimizer=job.train.optimizer,
             dropout=job.adapter.dropout > 0,
             device="cuda" if device == "cuda" else "cpu",
-            runtime=RUNTIME[device],
         )
+        self.setup = in_process(setup)
         self.heaviest = lru_cache(self._heaviest)
 
     def choose(self, free: int) -> tuple[Choice, Plan, bool]:

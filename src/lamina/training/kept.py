@@ -31,6 +31,7 @@ class Setup:
         double: whether the scales of 4-bit blocks are quantised too.
         dropout: whether the adapters' inputs are dropped at random.
         runtime: what the process takes beside tensors.
+        holes: share of what a step allocates that lies unused between its tensors.
     """
 
     architecture: Architecture
@@ -42,6 +43,7 @@ class Setup:
     dropout: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     runtime: int = 0
+    holes: float = 0.0
 
 
 @dataclass(frozen=True)

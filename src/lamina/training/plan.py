@@ -6,8 +6,7 @@ measured; and running the model on the ``meta`` device, which cannot see what is
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -78,6 +77,19 @@ class Plan:
     def total(self) -> int:
         """The predicted peak in bytes."""
         return self.peak.total
+
+
+LIBRARIES = {"cpu": 70_000_000, "cuda": 40_000_000}
+"""Bytes that a run takes beside its tensors. On a CPU: code that runs for the first time, oneDNN's primitives and scratchpads,
+the optimiser's first step. On CUDA, in torch's allocator: the workspace of cuBLAS; not measured on hardware yet."""
+
+HOLES = {"cpu": 0.08, "cuda": 0.0}
+"""Share of what a step allocates that glibc's heap keeps in holes between tensors of other sizes (docs/log.md)."""
+
+
+def in_process(setup: Setup) -> Setup:
+    """The setup with what a process takes beside its tensors: resident memory on a CPU, the allocator's on CUDA."""
+    return replace(setup, runtime=LIBRARIES[setup.device], holes=HOLES[setup.device])
 
 
 def ranks_of(architecture: Architecture, lora: LoRA) -> dict[str, int]:
@@ -160,9 +172,12 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     a, n, e = setup.architecture, portion.tokens, setup.itemsize
     numbers = trainable(setup)
     optimiser = round(2 * sum(size * _moment_bytes(setup, size) for size in _factors(setup)))
-    alive = partial(
-        Moment, weights=weights(setup), adapters=numbers * FLOAT, optimiser=optimiser, runtime=setup.runtime
-    )
+
+    def alive(name: str, **made: int) -> Moment:
+        runtime = setup.runtime + round(setup.holes * sum(made.values()))
+        always = {"weights": weights(setup), "adapters": numbers * FLOAT, "optimiser": optimiser}
+        return Moment(name, **{"gradients": 0, **always, **made}, runtime=runtime)
+
     gradients = numbers * FLOAT if portion.accumulated else 0
     yield alive("optimiser step", gradients=numbers * FLOAT, buffers=_buffer(setup, n))
 
