@@ -2,7 +2,8 @@
 
 ``seven-b`` loads and trains a checkpoint of Llama-2-7B's true size and compares seconds with a plain read of its files, bytes
 with the plan. ``share`` says what of a step is spent in making numbers from the stored form. ``kernels`` compares the two
-conversions with bitsandbytes'. Each appends rows to ``results/qlora_cpu.csv``, unless the run is ``--tiny`` or of another shape.
+conversions with bitsandbytes'. Each appends rows to ``results/qlora_cpu.csv``, unless the run is ``--tiny`` or of another shape,
+or others took the processors meanwhile.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 
 import machine
 import workload
+from run import NOISE
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "qlora_cpu.csv"
@@ -180,7 +182,13 @@ def show(row: Row) -> Row:
 
 
 def append(rows: list[Row]) -> None:
-    """Appends the rows to the results."""
+    """Appends the rows to the results; as in run.py, a row is not written if others took too much meanwhile."""
+    passed = [row for row in rows if row["others"] <= NOISE]
+    for row in rows:
+        if row not in passed:
+            print(f"NOT WRITTEN: {row['what']}, {row['base']}: others took {row['others']:.0%}, more than {NOISE:.0%}")
+    if not passed:
+        return
     fixed = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": machine.commit(),
@@ -193,10 +201,10 @@ def append(rows: list[Row]) -> None:
         writer = csv.DictWriter(file, FIELDS, restval="")
         if new:
             writer.writeheader()
-        for row in rows:
+        for row in passed:
             short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
             writer.writerow(fixed | short)
-    print(f"\n{len(rows)} rows appended to {RESULTS.relative_to(machine.ROOT)}")
+    print(f"\n{len(passed)} rows appended to {RESULTS.relative_to(machine.ROOT)}")
 
 
 MODES = {"seven-b": seven_b, "share": share, "kernels": kernels}
