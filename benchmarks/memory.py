@@ -19,6 +19,8 @@ from typing import Any
 import machine
 from workload import Shape
 
+from lamina.process import prepare
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "memory_cpu.csv"
 SMALL = Shape(width=64, layers=1, mlp=128, heads=2, vocabulary=256, rank=4)
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
+        prepare()
         print(json.dumps(measure(json.loads(options.one))))
         return
 
@@ -159,7 +162,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", json.dumps(job | places)]
         environment = os.environ | {
             "OMP_NUM_THREADS": str(1 if options.tiny else machine.cores()),
-            "GOMP_SPINCOUNT": "100",
+            "PYTHONUNBUFFERED": "1",
         }
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         report = json.loads(done.stdout.splitlines()[-1])

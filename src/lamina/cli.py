@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lamina.errors import ConfigError, Error
+from lamina.process import prepare
 
 COMMANDS = {
     "init": "print a complete, commented job.toml",
@@ -103,9 +104,7 @@ def _run(arguments: list[str]) -> None:
     name = arguments[0]
     if name not in COMMANDS:
         raise ConfigError(f"{_unknown('command', name, list(COMMANDS))}; see `lamina --help`")
-    # Threads of libgomp, torch's OpenMP, spin while they wait. Where other work shares the cores they take it from the very
-    # thread they wait for: a training step took four times as long (docs/log.md). Read when torch is loaded, below.
-    os.environ.setdefault("GOMP_SPINCOUNT", "100")
+    prepare()  # before torch is loaded, below
     command = importlib.import_module(f"lamina.commands.{name}")
     parser = parser_of(name, command)
     command.run(parser.parse(arguments[1:]))
