@@ -26,7 +26,8 @@ _ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_LARGE = 2**21  # from here on tensors have huge pages
+LARGE = 2**21
+"""Bytes from which on a tensor has pages of its own, of this size: an allocation that goes back when it is freed."""
 
 
 def prepare() -> None:
@@ -39,5 +40,5 @@ def prepare() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return  # not glibc
-    mallopt(_MMAP_THRESHOLD, _LARGE)
-    mallopt(_TRIM_THRESHOLD, 16 * _LARGE)
+    mallopt(_MMAP_THRESHOLD, LARGE)
+    mallopt(_TRIM_THRESHOLD, 16 * LARGE)

@@ -32,6 +32,7 @@ class Setup:
         dropout: whether the adapters' inputs are dropped at random.
         runtime: what the process takes beside tensors.
         holes: share of what a step allocates that lies unused between its tensors.
+        page: bytes of which a large tensor takes a whole number.
     """
 
     architecture: Architecture
@@ -44,6 +45,7 @@ class Setup:
     device: Literal["cpu", "cuda"] = "cpu"
     runtime: int = 0
     holes: float = 0.0
+    page: int = 1
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lamina.model.architecture import Architecture
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import form_bytes
 from lamina.ops.int8 import ROWS as INT8_ROWS
+from lamina.process import LARGE
 from lamina.training.kept import (
     FLOAT,
     INDEX,
@@ -79,9 +80,9 @@ class Plan:
         return self.peak.total
 
 
-LIBRARIES = {"cpu": 70_000_000, "cuda": 40_000_000}
+LIBRARIES = {"cpu": 40_000_000, "cuda": 40_000_000}
 """Bytes that a run takes beside its tensors. On a CPU: code that runs for the first time, oneDNN's primitives and scratchpads,
-the optimiser's first step. On CUDA, in torch's allocator: the workspace of cuBLAS; not measured on hardware yet."""
+the optimiser's first step (benchmarks/memory.py). On CUDA, in torch's allocator: the workspace of cuBLAS; not measured on hardware yet."""
 
 HOLES = {"cpu": 0.08, "cuda": 0.0}
 """Share of what a step allocates that glibc's heap keeps in holes between tensors of other sizes (docs/log.md)."""
@@ -89,7 +90,8 @@ HOLES = {"cpu": 0.08, "cuda": 0.0}
 
 def in_process(setup: Setup) -> Setup:
     """The setup with what a process takes beside its tensors: resident memory on a CPU, the allocator's on CUDA."""
-    return replace(setup, runtime=LIBRARIES[setup.device], holes=HOLES[setup.device])
+    page = LARGE if setup.device == "cpu" else 1  # huge pages, which the command line asks for
+    return replace(setup, runtime=LIBRARIES[setup.device], holes=HOLES[setup.device], page=page)
 
 
 def ranks_of(architecture: Architecture, lora: LoRA) -> dict[str, int]:
@@ -188,6 +190,8 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     below = [n * a.head_width * e + 3 * n * INDEX]
     for index, layer in enumerate(layers):
         stream = 0 if portion.offload else n * a.width * e * layer.leaving
+        if stream >= setup.page:
+            stream = -(-stream // setup.page) * setup.page
         kept = stream if index < portion.checkpointed else layer.kept
         below.append(below[-1] + kept)
     kept = below[-1] + norm_kept(setup, n, a.width)
