@@ -26,6 +26,8 @@ from lamina.ops.attention import Packed
 from lamina.ops.library import bitsandbytes
 from lamina.policies import Pieces
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 FORMS = [("nf4", True), ("nf4", False), ("fp4", True)]
 

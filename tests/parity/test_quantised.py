@@ -19,6 +19,8 @@ from lamina.model.weights import DTYPES, load_model
 from lamina.ops.attention import Packed
 from lamina.ops.library import bitsandbytes
 
+pytestmark = pytest.mark.slow
+
 # Rows of whole blocks: bitsandbytes 0.50.2 dequantises others wrongly on AVX-512.
 SIZE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_key_value_heads": 2}
 STATE = "weight.quant_state.bitsandbytes__nf4"
