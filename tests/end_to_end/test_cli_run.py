@@ -130,6 +130,7 @@ def test_a_prompt_ends_with_its_line_and_nowhere_else(tmp_path: Path) -> None:
     assert [turns[0].content for turns in read_prompts(text)] == ["one\x0cpage", "two"]
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_the_reader_goes_away(place: Path) -> None:
     """As in ``lamina train … | head -1``."""
     out = place / "unheard"

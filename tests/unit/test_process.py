@@ -42,6 +42,7 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: os.environ[name] for name in process._ENVIRONMENT} == process._ENVIRONMENT | {"GOMP_SPINCOUNT": "7"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from Linux's /proc")
 def test_memory_that_is_freed_goes_back() -> None:
     left = {

@@ -84,6 +84,7 @@ print(status("VmHWM") - before, status("VmRSS") - before, size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures the peak through Linux's /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_is_weights_and_one_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
@@ -143,6 +144,7 @@ print(kept, status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures the peak through Linux's /proc")
 @pytest.mark.parametrize("form", ["nf4", "int8", "fp8"])
 def test_peak_while_quantising_is_the_final_size_and_two_tensors(form: str, tmp_path: Path) -> None:
