@@ -5,6 +5,7 @@ chosen here (``training.choosing``), and the choice is written into the run's jo
 another machine is still cut in the same way.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -86,7 +87,7 @@ class Planned:
         )
         raise TrainingError(
             f"the run needs {_size(self.plan.total)} and {self.device} has {_size(self.free)} free; what would fit: "
-            f"{ways}; to try it all the same: --memory-gib {self.plan.total / GIB * 1.1:.1f}"
+            f"{ways}; to try it all the same: --memory-gib {math.ceil(self.plan.total / GIB * 11) / 10}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -111,11 +112,8 @@ class Planned:
         }
 
 
-def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planned:
+def plan_run(job: Job, base: Path, data: Prepared) -> Planned:
     """Plans the memory of a run, chooses what its settings leave open, and estimates its time.
-
-    Args:
-        timed: whether the time is estimated, for which a layer is built and computed.
 
     Raises:
         ConfigError: an adapter that does not fit the model.
@@ -129,7 +127,7 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planne
     tokens = tokens_of(lengths, job.train, job.head.seed)
     layers = needs.setup.architecture.layers
     seconds = 0.0
-    if timed and fits:
+    if fits:
         usual = min(choice.tokens, max(1, tokens // job.train.total_steps(len(lengths))))
         pace = calibrate(needs.setup.architecture, job.model, needs.setup.ranks, usual)
         lowest = min(int(path.split(".")[2]) for path in needs.setup.ranks)
@@ -196,7 +194,7 @@ class _Needs:
     def planned(self, choice: Choice) -> Plan:
         """The plan of a choice."""
         found = self.heaviest(choice.tokens)
-        offload = self.job.train.offload_checkpoints
+        offload = self.job.train.offload_checkpoints and self.setup.device == "cuda"  # elsewhere the host is the device
         portions = [
             Portion(batch.lengths, batch.supervised, choice.checkpointed, accumulated, offload)
             for batch, accumulated in ((found.first, False), (found.later, True))

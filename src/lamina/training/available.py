@@ -1,5 +1,6 @@
 """How much memory a run may take, and how much it took: read from the device, the system and its limits."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -89,7 +90,8 @@ class Meter:
             self.before = torch.cuda.memory_allocated(device)
         else:
             if sys.platform == "linux":
-                Path("/proc/self/clear_refs").write_text("5")  # the system's own peak starts again from here
+                with contextlib.suppress(OSError):  # where /proc is read-only the peak is that of the whole process
+                    Path("/proc/self/clear_refs").write_text("5")  # the system's own peak starts again from here
             self.before = self._resident("VmRSS")
 
     def peak(self) -> int:

@@ -211,6 +211,10 @@ def rehearse(model: Decoder, batch: Batch, training: Training) -> None:
     refuse_non_finite(model, loss, loss, [batch], 1)
 
 
+_NO_MEMORY = ("allocate memory", "bad_alloc", "could not create a memory object", "could not create a primitive")
+"""How torch's allocator, C++ and oneDNN say it on a CPU."""
+
+
 @contextlib.contextmanager
 def memory_told() -> Iterator[None]:
     """Turns the end of the memory into an error that names the ways out.
@@ -221,7 +225,8 @@ def memory_told() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise TrainingError(
             "out of memory; what was saved is untouched; lower --micro-batch-tokens or --max-length, or raise "
