@@ -1,52 +1,51 @@
 """What a model knows and does: loss on held-out rows, answers to held-out prompts, perplexity of neutral text.
 
 All three give the same numbers each time and in whatever batches. The loss is streamed, no logits are kept: a held-out
-set as large as the training set is evaluated in the memory of one batch. Neutral text is evaluated like a held-out set,
-so the same function measures learning and forgetting.
+set as large as the training set is evaluated in the memory of one batch, and nine bytes a supervised token for what is
+found. Neutral text is evaluated like a held-out set, so the same function measures learning and forgetting.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
-from lamina.data.pack import pack
+from lamina.adapter import adapter_scale
+from lamina.data.pack import NONE, Batch, pack
 from lamina.data.render import Rendered
 from lamina.errors import DataError
 from lamina.generation import Sampling, evaluating, generate
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
-from lamina.ops.loss import token_scores
+from lamina.ops.loss import paired_scores, token_scores
 from lamina.section import section
 
 ROWS_AT_ONCE = 1024
 """Rows that are packed into batches together: enough to fill them, few enough to hold."""
-
-NEUTRAL_WINDOW = 512
-"""Tokens of neutral text that are read together, the one that begins a text included."""
-
-NEUTRAL_TOKENS = 65_536
-"""Tokens of neutral text that count, from its beginning: enough for two digits of the perplexity."""
 
 
 @section
 class Evaluating:
     """What is measured before and after training, beside the held-out loss."""
 
-    eval_samples: Annotated[int, Field(ge=0)] = 64
-    """Held-out prompts that are answered (greedily) and compared with the data's answers; 0: none."""
+    eval_samples: Annotated[int, Field(ge=0)] | None = None
+    """Held-out prompts that are answered (greedily) and compared with the data's answers; 0: none. Unset: 64, or fewer
+    where that would take too large a share of the run."""
 
     eval_max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Tokens of such an answer at most; a longer one counts as not stopped."""
 
-    neutral: str | None = None
-    """Text file on which forgetting is measured: its perplexity before and after training."""
+    neutral: str | None = "lamina:neutral.txt"
+    """Text file on which forgetting is measured: its perplexity before and after training. Unset: plain English prose
+    that comes with Lamina; none: it is not measured."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,41 @@ class Evaluation:
         return self.correct / self.tokens
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Every supervised token of R rows under a model, row after row: nine bytes a token."""
+
+    targets: NDArray[np.int32]
+    losses: NDArray[np.float32]
+    """-log p of each target, in nats."""
+    correct: NDArray[np.bool_]
+    """Whether it was the most likely token."""
+    ends: NDArray[np.int64]
+    """Tokens up to the end of each row, [R]."""
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The mean over all tokens; sums are in float64."""
+        return Evaluation(float(self.losses.mean(dtype=np.float64)), len(self.losses), int(self.correct.sum()))
+
+    def per_row(self) -> NDArray[np.float64]:
+        """Each row's sum of losses, number of hits and number of tokens, [R, 3]."""
+        starts = np.concatenate([[0], self.ends[:-1]])
+        columns = np.stack([self.losses, self.correct, np.ones(len(self.losses))], axis=1, dtype=np.float64)
+        return np.add.reduceat(columns, starts, axis=0)
+
+    def of_row(self, place: int) -> NDArray[np.float32]:
+        """The losses of the row at a place, from 0."""
+        return self.losses[self.ends[place - 1] if place else 0 : self.ends[place]]
+
+    def part(self, places: NDArray[np.int64]) -> "Scores":
+        """The rows at these places, in this order."""
+        starts = np.concatenate([[0], self.ends[:-1]])
+        lengths = (self.ends - starts)[places]
+        tokens = np.concatenate([np.arange(starts[place], self.ends[place]) for place in places])
+        return Scores(self.targets[tokens], self.losses[tokens], self.correct[tokens], lengths.cumsum())
+
+
 def evaluate(model: Decoder, rows: Iterable[Rendered], budget: int) -> Evaluation:
     """Evaluates a model on rendered rows, without dropout.
 
@@ -79,22 +113,80 @@ def evaluate(model: Decoder, rows: Iterable[Rendered], budget: int) -> Evaluatio
     Raises:
         DataError: there are no rows, or no token that counts.
     """
-    device = model.vocabulary.device
-    loss, tokens, correct = 0.0, 0, 0
-    rows = iter(rows)
+    return score(model, rows, budget).evaluation
+
+
+def score(model: Decoder, rows: Iterable[Rendered], budget: int) -> Scores:
+    """Scores every supervised token of rendered rows, without dropout; arguments and errors as for ``evaluate``."""
     with evaluating(model.modules()):
-        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            for batch in pack(some, budget):
-                hidden = model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths))
-                scores, right = token_scores(hidden, model.vocabulary, batch.targets.to(device))
-                loss += float(scores.double().sum())
-                tokens += len(scores)
-                correct += int(right.sum())
-    if not tokens:
+        targets, ends, losses, correct = gather(
+            rows, budget, lambda batch: token_scores(hidden(model, batch), model.vocabulary, _targets(model, batch))
+        )
+    return Scores(targets, losses, correct, ends)
+
+
+def score_both(model: Decoder, rows: Iterable[Rendered], budget: int) -> tuple[Scores, Scores, NDArray[np.float32]]:
+    """Scores an adapted model without and with its adapter in one pass, as ``score`` would, and how far they are apart.
+
+    No second model is in memory: the adapter is switched off for a batch, and on again.
+
+    Returns:
+        The base's scores, the adapter's, and KL(base‖adapter) at every token that they hold, in nats.
+    """
+
+    def both(batch: Batch) -> tuple[Tensor, ...]:
+        with adapter_scale(model, 0.0):
+            before = hidden(model, batch)
+        losses, correct, apart = paired_scores(before, hidden(model, batch), model.vocabulary, _targets(model, batch))
+        return *losses, *correct, apart
+
+    with evaluating(model.modules()):
+        targets, ends, *columns = gather(rows, budget, both)
+    losses, correct, apart = columns[:2], columns[2:4], columns[4]
+    base, adapter = (Scores(targets, losses[side], correct[side], ends) for side in (0, 1))
+    return base, adapter, apart
+
+
+def gather(
+    rows: Iterable[Rendered], budget: int, of_batch: Callable[[Batch], Iterable[Tensor]]
+) -> tuple[NDArray[Any], ...]:
+    """Packs rows into batches and brings what is computed of their supervised tokens back into the rows' order.
+
+    Args:
+        of_batch: columns [S] over the supervised tokens of a batch.
+
+    Returns:
+        The targets, the tokens up to each row's end, and the columns.
+    """
+    found: list[tuple[NDArray[Any], ...]] = []
+    rows, first = iter(rows), 0
+    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        placed = [Rendered(row.tokens, row.trained, place) for place, row in enumerate(some, first)]
+        first += len(some)
+        for batch in pack(placed, budget):
+            supervised = batch.targets != NONE
+            place = torch.repeat_interleave(torch.tensor(batch.rows), torch.tensor(batch.lengths))[supervised]
+            columns = (place, batch.targets[supervised].to(torch.int32), *of_batch(batch))
+            found.append(tuple(column.cpu().numpy() for column in columns))
+    if not found:
         raise DataError(
             "found no held-out rows to evaluate, expected at least one; set eval_fraction above 0 or name eval_data"
         )
-    return Evaluation(loss / tokens, tokens, correct)
+    places, *values = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(places, kind="stable")  # within a row its tokens already stand in order
+    targets, *rest = (value[order] for value in values)
+    return targets, np.bincount(places).cumsum(), *rest
+
+
+def hidden(model: Decoder, batch: Batch) -> Tensor:
+    """The last hidden states of a batch."""
+    device = model.vocabulary.device
+    out: Tensor = model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths))
+    return out
+
+
+def _targets(model: Decoder, batch: Batch) -> Tensor:
+    return batch.targets.to(model.vocabulary.device)
 
 
 @dataclass(frozen=True)
@@ -107,6 +199,8 @@ class Answer:
     answer: str
     stopped: bool
     tokens: int
+    within: bool = True
+    """Whether the data's answer is no longer than the model's may be."""
 
     @property
     def exact(self) -> bool:
@@ -124,6 +218,11 @@ class Answers:
     def stop_rate(self) -> float:
         """Share of the answers that the model ended itself."""
         return sum(row.stopped for row in self.rows) / len(self.rows)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether any answer could be the data's, word for word: some of those are within the limit of the length."""
+        return any(row.within for row in self.rows)
 
     @property
     def exact_match(self) -> float:
@@ -166,7 +265,15 @@ def answers(
 
     return Answers(
         tuple(
-            Answer(row, text(prompt), text(reference), text(answer.tokens), answer.stopped, len(answer.tokens))
+            Answer(
+                row,
+                text(prompt),
+                text(reference),
+                text(answer.tokens),
+                answer.stopped,
+                len(answer.tokens),
+                len(reference) <= max_new_tokens,
+            )
             for (row, prompt, reference), answer in zip(asked, given, strict=True)
         )
     )
@@ -180,35 +287,3 @@ def _first_turn(row: Rendered) -> tuple[int, list[int], list[int]] | None:
     untrained = np.flatnonzero(~row.trained[first:])
     end = first + int(untrained[0]) if len(untrained) else len(row.tokens)
     return row.row, row.tokens[:first].tolist(), row.tokens[first:end].tolist()
-
-
-def read_neutral(path: Path, tokenizer: Any, max_position: int) -> list[Rendered]:
-    """Reads plain text as rows for ``evaluate``: windows of up to ``NEUTRAL_WINDOW`` tokens, each begun as a text is.
-
-    What looks like a special token in the text is taken as text.
-
-    Args:
-        max_position: tokens that the model can read.
-
-    Raises:
-        DataError: the file cannot be read, is not UTF-8, or is empty.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(16 * NEUTRAL_TOKENS)  # hardly a tokenizer makes fewer tokens of it than count
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}), expected a text file; check neutral") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}), expected a text file; check neutral") from None
-    if not text.strip():
-        raise DataError(f"{path}: found no text, expected some for measuring forgetting; check neutral")
-    tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-    return list(_windows(tokens[:NEUTRAL_TOKENS], tokenizer.bos_token_id, min(NEUTRAL_WINDOW, max_position)))
-
-
-def _windows(tokens: list[int], bos: int | None, size: int) -> Iterator[Rendered]:
-    begin = [] if bos is None else [bos]
-    for number, window in enumerate(range(0, len(tokens), size - len(begin)), 1):
-        ids = np.array(begin + tokens[window : window + size - len(begin)], dtype=np.int32)
-        if len(ids) > 1:  # a single token has nothing before it that could predict it
-            yield Rendered(ids, np.arange(len(ids)) > 0, number)

@@ -9,14 +9,16 @@ from lamina.adapter_files import load_adapter
 from lamina.data.prepare import Prepared
 from lamina.data.render import end_tokens
 from lamina.errors import AdapterError, CheckpointError
-from lamina.evaluation import read_neutral
+from lamina.evaluation import Scores
 from lamina.job import Job, base_folder, prepare_data, read_job, shipped_path
 from lamina.model.checkpoint import stored_tensors
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer, stop_tokens
 from lamina.model.weights import DTYPES, ModelSettings
+from lamina.neutral import read_neutral
 from lamina.training.resume import check_origin, has_state, read_header
-from lamina.understand.card import Card, both
+from lamina.understand.budget import sizes
+from lamina.understand.card import Asked, Card, measure
 from lamina.understand.difference import difference_on_load
 
 _PROBE = 16  # tokens on which a loaded adapter must make a difference: any will do
@@ -102,14 +104,19 @@ def held_out_of(opened: Opened) -> Prepared:
 def card_of(opened: Opened) -> Card:
     """Measures an opened run on its held-out rows, the base beside the adapter."""
     assert opened.job is not None, "a plain model has no data"
-    return measured(opened.model, opened.tokenizer, opened.stop, held_out_of(opened), opened.job)
+    return measured(Asked(opened.model, opened.tokenizer, opened.stop), held_out_of(opened), opened.job)
 
 
-def measured(model: Decoder, tokenizer: Any, stop: set[int], data: Prepared, job: Job) -> Card:
-    """The card of an adapted model, by the job's settings."""
-    neutral = job.evaluate.neutral
-    windows = read_neutral(shipped_path(neutral), tokenizer, model.architecture.max_position) if neutral else []
-    return both(model, tokenizer, stop, data.held_out, windows, job.evaluate, job.train.portion)
+def measured(asked: Asked, data: Prepared, job: Job, base: Scores | None = None, adapter: Scores | None = None) -> Card:
+    """The card of an adapted model, by the job's settings.
+
+    Args:
+        base, adapter: their scores on the held-out rows, where they are known.
+    """
+    path, most = job.evaluate.neutral, asked.model.architecture.max_position
+    neutral = read_neutral(shipped_path(path), asked.tokenizer, most) if path else []
+    wanted = sizes(job.evaluate, job.train, data.train, data.held_out)
+    return measure(asked, data.held_out, neutral, wanted, base, adapter)
 
 
 def stops(base: Path, tokenizer: Any, template: str | None) -> set[int]:

@@ -8,30 +8,31 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lamina import jobfile, jobs
-from lamina.adapter import adapted, attach
+from lamina.adapter import attach
 from lamina.adapter_files import fingerprint, save_adapter
 from lamina.data.prepare import Prepared
 from lamina.errors import ConfigError, Error, TrainingError
-from lamina.evaluation import evaluate
+from lamina.evaluation import Scores, score
 from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, read_job, settings_fingerprint
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import pick_device
 from lamina.opened import Opened, card_of, measured, open_run, stops
 from lamina.planning import Planned, compared, plan_run
-from lamina.report.opening import data_lines, training_lines
-from lamina.report.record import Record, read_metrics, write_json, write_text
+from lamina.report.about import about
+from lamina.report.opening import data_lines, time_line, training_lines
+from lamina.report.record import Record, write_json, write_text
 from lamina.training.available import Meter
 from lamina.training.finite import damage
 from lamina.training.interrupt import Interrupts
 from lamina.training.loop import State, Step, memory_told, rehearse, start, train
 from lamina.training.resume import Progress, has_state, load_state, locked, save_state
-from lamina.understand.card import Card
+from lamina.training.stopwatch import Stopwatch
+from lamina.understand.card import Asked, Card
 
 CHANGEABLE = ("read_ahead", "save_every", "memory_gib", "checkpoint_layers", "offload_checkpoints")
 """Settings that a resumed run may change, because they change nothing of its result."""
@@ -119,10 +120,12 @@ def _clear(folder: Path) -> None:
 
 
 def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
+    watch = Stopwatch()
     base = base_folder(job.model)
     check(job, base)
-    tokenizer = load_tokenizer(base)
-    data = prepare_data(job, base, tokenizer)
+    with watch("data"):
+        tokenizer = load_tokenizer(base)
+        data = prepare_data(job, base, tokenizer)
     for line in data_lines(data, tokenizer):
         show.line(line)
     if job.watch.patience and not len(data.held_out):
@@ -136,19 +139,23 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
         folder / "job.toml", jobfile.dump(job.sections())
     )  # with what was chosen: resumed, it is cut in the same way
     meter = Meter(pick_device(job.model.device))
-    with memory_told():
+    with memory_told(), watch("load"):
         model = job.model.load(base)
     attach(model, job.adapter, job.head.seed)
-    run = _Run(job, folder, base, model, data, start(model, job.train), show)
+    run = _Run(job, folder, base, model, data, start(model, job.train), show, watch)
     for line in training_lines(model, job.model.model, job.train, run.steps, run.every if len(data.held_out) else None):
         show.line(line)
     with memory_told():
         run.train(resuming, planned)
         measured_peak = meter.peak()
         show.line(compared(planned, measured_peak))
-        card = measured(model, tokenizer, stops(base, tokenizer, job.data.template), data, job)
+        with watch("card"):
+            asked = Asked(model, tokenizer, stops(base, tokenizer, job.data.template))
+            card = measured(asked, data, job, run.base_scores, run.last_scores)
+    show.line(time_line(watch.seconds))
+    told = about(job, model, folder) | {"held_out_fingerprint": data.held_out.fingerprint, "seconds": watch.seconds}
     memory = {"planned": planned.as_json(), "measured_bytes": measured_peak}
-    write_json(folder / "card.json", _about(job, model, folder) | {"memory": memory} | card.as_json())
+    write_json(folder / "card.json", told | {"memory": memory} | card.as_json())
     return Result(folder, card)
 
 
@@ -156,9 +163,20 @@ class _Run:
     """A run under way: what the loop's body needs at hand."""
 
     def __init__(
-        self, job: Job, folder: Path, base: Path, model: Decoder, data: Prepared, state: State, show: Show
+        self,
+        job: Job,
+        folder: Path,
+        base: Path,
+        model: Decoder,
+        data: Prepared,
+        state: State,
+        show: Show,
+        watch: Stopwatch,
     ) -> None:
         self.job, self.folder, self.model, self.data, self.state, self.show = job, folder, model, data, state, show
+        self.watch = watch
+        self.base_scores: Scores | None = None  # of the evaluations before the first step and after the last one,
+        self.last_scores: Scores | None = None  # as far as this process has made them
         shipped = job.model.model.startswith(jobs.PREFIX)
         self.base_name = str(base.resolve()) if shipped else job.model.model  # PEFT knows nothing of what Lamina ships
         self.progress = Progress()
@@ -175,12 +193,13 @@ class _Run:
         """Trains to the end, from the beginning or from the saved state."""
         if resuming:
             self.progress = load_state(self.folder, self.model, self.state, self.origin)
+            self.watch.add(self.progress.seconds)
             self.show.line(f"resuming {self.folder} after step {self.state.step} of {self.steps}")
         with Record(self.folder, after=self.state.step if resuming else None) as record:
             self.show.start(self.steps, self.state.step)
             if not resuming:
                 self.before_first_step(record, planned)
-            with Interrupts() as interrupts:
+            with Interrupts() as interrupts, self.watch("training"):
                 self.steps_to_the_end(record, interrupts)
         if self.progress.best_loss is not None:
             best = f"best held-out loss {self.progress.best_loss:.4f}, at step {self.progress.best_step}"
@@ -195,10 +214,12 @@ class _Run:
             self.show.step(step)
             last = step.step == self.steps
             if step.step % self.every == 0 or last:
-                self.evaluate(record)
+                with self.watch("evaluations"):
+                    self.evaluate(record)
             stop = self.progress.out_of(patience)
             if last or stop or interrupts.requested or step.step % self.job.watch.save_every == 0:
-                self.save()
+                with self.watch("saving"):
+                    self.save()
             if stop:
                 self.show.line(f"stopped early: {patience} evaluations without a better one")
                 break
@@ -210,18 +231,22 @@ class _Run:
 
     def before_first_step(self, record: Record, planned: Planned) -> None:
         """Meets the longest examples now rather than hours later, and measures the untouched base."""
-        rehearse(self.model, planned.heaviest, self.job.train)
+        with self.watch("training"):
+            rehearse(self.model, planned.heaviest, self.job.train)
         self.show.line(
             f"the heaviest micro-batch of the run ({len(planned.heaviest.tokens):,} tokens) was computed once: it fits"
         )
-        self.evaluate(record)
-        save_state(self.folder, self.model, self.state, self.progress, self.origin)
+        with self.watch("base_evaluation"):
+            self.evaluate(record)
+        with self.watch("saving"):
+            self.save_state()
 
     def evaluate(self, record: Record) -> None:
         """Measures the held-out loss, records it, and keeps the adapter if it is the best so far."""
         if not len(self.data.held_out):
             return
-        found = evaluate(self.model, self.data.held_out, self.job.train.portion)
+        scores = score(self.model, self.data.held_out, self.job.train.portion)
+        found = scores.evaluation
         if not math.isfinite(found.loss):
             advice = damage(self.model) or "lower the learning rate, or look at the held-out rows"
             raise TrainingError(
@@ -229,7 +254,10 @@ class _Run:
             )
         record.evaluation(self.state.step, found.loss, found.tokens)
         self.show.evaluation(self.state.step, found.loss)
-        if self.state.step:
+        if not self.state.step:
+            self.base_scores = scores
+        else:
+            self.last_scores = scores
             self.progress = self.progress.after(self.state.step, found.loss)
             if self.progress.best_step == self.state.step:
                 self.save_adapter("best")
@@ -237,31 +265,17 @@ class _Run:
     def save(self) -> None:
         """Saves the adapter as it is, and everything that decides the next step."""
         self.save_adapter("adapter")
-        save_state(self.folder, self.model, self.state, self.progress, self.origin)
+        self.save_state()
+
+    def save_state(self) -> None:
+        """Saves everything that decides the next step, and the time that was spent so far."""
+        progress = replace(self.progress, seconds=dict(self.watch.seconds))
+        save_state(self.folder, self.model, self.state, progress, self.origin)
 
     def save_adapter(self, name: str) -> None:
         """Saves the adapter in PEFT's format."""
         settings = self.job.model
         save_adapter(self.model, self.folder / name, self.job.adapter, self.base_name, settings.revision)
-
-
-def _about(job: Job, model: Decoder, folder: Path) -> dict[str, Any]:
-    """What the card says beside the measures: of what, with what, at which cost."""
-    steps = [record for record in read_metrics(folder) if "loss" in record]
-    return {
-        "job": job.head.name,
-        "model": job.model.model,
-        "revision": job.model.revision,
-        "base_fingerprint": fingerprint(model),
-        "adapter_parameters": sum(m.a.numel() + m.b.numel() for m in adapted(model).values()),
-        "steps": len(steps),
-        "tokens": sum(step["tokens"] for step in steps),
-        "supervised_tokens": sum(step["supervised_tokens"] for step in steps),
-        "training_seconds": sum(step["seconds"] for step in steps),
-        "memory_bytes": max(step["memory_bytes"] for step in steps),
-        "versions": {name: version(name) for name in ("lamina", "torch", "transformers")},
-        "device": str(model.vocabulary.device),
-    }
 
 
 __all__ = ["CHANGEABLE", "SECTIONS", "Job", "Opened", "Result", "Show", "card_of", "fine_tune", "open_run", "resume"]

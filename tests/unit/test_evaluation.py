@@ -15,10 +15,12 @@ from tokenizers.pre_tokenizers import Split
 from torch import nn
 
 from lamina import evaluation as module
+from lamina import neutral
 from lamina.data.render import Rendered
 from lamina.errors import ConfigError, DataError
-from lamina.evaluation import Answers, Evaluating, Evaluation, answers, evaluate, read_neutral
+from lamina.evaluation import Answers, Evaluating, Evaluation, answers, evaluate
 from lamina.generation import Sampling, generate
+from lamina.neutral import read_neutral
 
 BOS, END = 0, 1
 
@@ -154,7 +156,7 @@ def test_neutral_text_is_read_in_windows(tmp_path: Path, letters: Any, monkeypat
     path = tmp_path / "neutral.txt"
     text = "".join(chr(97 + place % 26) for place in range(30))
     path.write_text(text + "~~~", encoding="utf-8")
-    monkeypatch.setattr(module, "NEUTRAL_TOKENS", 30)
+    monkeypatch.setattr(neutral, "NEUTRAL_TOKENS", 30)
     rows = read_neutral(path, letters, max_position=13)
     assert [len(row.tokens) for row in rows] == [13, 13, 7]
     assert all(row.tokens[0] == BOS and not row.trained[0] and row.trained[1:].all() for row in rows)

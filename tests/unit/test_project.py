@@ -23,10 +23,10 @@ LAYERS = (
     {"errors", "section", "process"},
     {"ops"},
     {"model", "adapter", "adapter_files", "data"},
-    {"training", "generation", "evaluation"},
+    {"training", "generation", "evaluation", "neutral"},
     {"understand"},
     {"settings", "jobfile", "jobs", "job", "report"},
-    {"opened", "policies", "merging", "explaining", "ways_out", "planning", "run"},
+    {"opened", "policies", "merging", "explaining", "comparing", "ways_out", "planning", "run"},
     {"cli", "commands", "__main__"},
     {""},  # lamina/__init__.py, the public surface
 )

@@ -36,4 +36,4 @@ def run(given: argparse.Namespace) -> None:
     if given.json:
         print(safe_json(card.as_json()))
     else:
-        before_after(card.measures(), card.answers(), sys.stdout)
+        before_after(card.table(), card.answers(), sys.stdout, card.lines())

@@ -75,5 +75,6 @@ def show(result: Result, as_json: bool) -> None:
     if as_json:
         print(safe_json({"folder": str(result.folder), "card": result.card.as_json()}))
     else:
-        before_after(result.card.measures(), result.card.answers(), sys.stdout)
+        card = result.card
+        before_after(card.table(), card.answers(), sys.stdout, card.lines())
         print(f"\nThe run is in {result.folder}. Go on with: lamina chat {result.folder}")

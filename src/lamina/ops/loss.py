@@ -104,7 +104,45 @@ def token_scores(
         rows, now = supervised[start : start + SLICE], slice(start, start + SLICE)
         logits = F.linear(hidden[rows], vocabulary)
         for part, target, loss, hit in _chunks(logits, targets[rows], losses[now], correct[now]):
-            wide = part.float()
-            loss.copy_(F.cross_entropy(wide, target, reduction="none"))
-            torch.eq(wide.argmax(1), target, out=hit)
+            _score(part.float(), target, loss, hit)
     return losses, correct
+
+
+@torch.no_grad()
+def paired_scores(
+    before: Float[Tensor, "N D"],
+    after: Float[Tensor, "N D"],
+    vocabulary: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+) -> tuple[Float[Tensor, "2 S"], Bool[Tensor, "2 S"], Float[Tensor, " S"]]:
+    """Scores the S supervised rows under two models that share a vocabulary, and tells how far their predictions are apart.
+
+    Losses and hits are those of ``token_scores``, bit by bit, because the same products are taken of the same slices. No
+    more than a slice of both models' logits exists at one time.
+
+    Returns:
+        Losses and hits, ``before`` first, and KL(before‖after) in nats.
+    """
+    supervised = (targets != IGNORED).nonzero().squeeze(1)
+    losses = before.new_empty((2, len(supervised)), dtype=torch.float32)
+    correct, apart = torch.empty_like(losses, dtype=torch.bool), torch.empty_like(losses[0])
+    for start in range(0, len(supervised), SLICE):
+        rows, now = supervised[start : start + SLICE], slice(start, start + SLICE)
+        logits = [F.linear(hidden[rows], vocabulary) for hidden in (before, after)]
+        slices = (*logits, targets[rows], *losses[:, now], *correct[:, now], apart[now])
+        for p, q, target, loss_p, loss_q, hit_p, hit_q, kl in _chunks(*slices):
+            kl.copy_(divergence(_score(p.float(), target, loss_p, hit_p), _score(q.float(), target, loss_q, hit_q)))
+    return losses, correct, apart
+
+
+def divergence(before: Float[Tensor, "S V"], after: Float[Tensor, "S V"]) -> Float[Tensor, " S"]:
+    """Computes KL(before‖after) = Σ p·(log p - log q) of each row, in nats, from log-probabilities."""
+    return F.kl_div(after, before, log_target=True, reduction="none").sum(1)
+
+
+def _score(logits: Float[Tensor, "S V"], targets: Int[Tensor, " S"], losses: Tensor, correct: Tensor) -> Tensor:
+    """Writes the rows' losses and hits, and returns their log-probabilities."""
+    torch.eq(logits.argmax(1), targets, out=correct)
+    scores = logits.log_softmax(1)
+    losses.copy_(F.nll_loss(scores, targets, reduction="none"))
+    return scores

@@ -111,20 +111,27 @@ def duration(seconds: float) -> str:
 
 
 def before_after(
-    measures: Sequence[tuple[str, str, str]], answers: Sequence[tuple[str, str, str, str]], stream: Stream
+    measures: Sequence[Sequence[str]],
+    answers: Sequence[tuple[str, str, str, str]],
+    stream: Stream,
+    lines: Sequence[str] = (),
 ) -> None:
     """Prints the untouched base beside the adapter.
 
     Args:
-        measures: (name, base, adapter), numbers formatted by whoever knows their unit.
+        measures: (name, base, adapter, change with its interval), numbers formatted by whoever knows their unit; the
+            change may be missing.
         answers: (prompt, expected or "", base's answer, adapter's answer).
+        lines: what is said between the two.
     """
     console = _console(stream)
     if measures:
-        table = _table("", "base", "adapter")
+        table = _table(*("", "base", "adapter", "change [95 % interval]")[: len(measures[0])])
         for row in measures:
             table.add_row(*map(_cell, row))
         console.print(table)
+    for line in lines:
+        console.print(Text(clean(line)), soft_wrap=True)
     if answers:
         console.print()
         wanted = any(expected for _, expected, _, _ in answers)

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lamina.adapter import AdaptedLinear, adapted
@@ -10,6 +10,7 @@ from lamina.data.prepare import Prepared
 from lamina.data.render import show
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import APPROXIMATE, form_of, quantised_of
+from lamina.report.console import duration
 from lamina.training.loop import Training
 from lamina.training.optimizer import Shape, relative_update
 
@@ -77,3 +78,13 @@ def shape_of(module: AdaptedLinear) -> Shape:
     """What decides how large the update of this matrix can get; W is judged by its first rows."""
     weight = float(form_of(module.base).dense()[:64].float().square().mean().sqrt())
     return Shape(module.scale, module.a.shape[0], module.a.shape[1], max(weight, 1e-12))
+
+
+def time_line(seconds: Mapping[str, float]) -> str:
+    """Where the time of a run went, parts of less than a tenth of a second left out."""
+    parts = [f"{name.replace('_', ' ')} {_seconds(spent)}" for name, spent in seconds.items() if spent >= 0.1]
+    return f"time: {_seconds(sum(seconds.values()))}" + (f", of it {', '.join(parts)}" if parts else "")
+
+
+def _seconds(spent: float) -> str:
+    return f"{spent:.1f} s" if spent < 60 else duration(spent)

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ class Progress:
     best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time spent on each part of the run up to this state."""
 
     def after(self, step: int, loss: float) -> "Progress":
         """The progress after one more evaluation; of equal ones the first is the best."""
         if self.best_loss is None or loss < self.best_loss:
-            return Progress(loss, step, 0)
+            return replace(self, best_loss=loss, best_step=step, evaluations_since_best=0)
         return replace(self, evaluations_since_best=self.evaluations_since_best + 1)
 
     def out_of(self, patience: int | None) -> bool:

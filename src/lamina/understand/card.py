@@ -1,55 +1,121 @@
-"""The card that closes every run: the untouched base beside the adapter, on rows that neither was trained on."""
+"""The card that closes every run: the untouched base beside the adapter, on rows that neither was trained on.
 
-from collections.abc import Sequence
+One model is in memory: the base is the adapted model with its adapter switched off. The loss of every held-out token without
+and with the adapter is computed once, or taken from the run's own evaluations, which have computed it already (the first is
+the base's, the last the adapter's); mean, intervals, learnt tokens and two points of the dose curve all come from these. How
+much of the rest is measured is decided in ``budget``.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lamina.adapter import adapter_scale
 from lamina.data.render import Rendered
 from lamina.data.store import TokenStore
-from lamina.evaluation import Answers, Evaluating, Evaluation, answers, evaluate
+from lamina.evaluation import Answer, Answers, Scores, answers, score, score_both
 from lamina.model.decoder import Decoder
+from lamina.understand.bootstrap import Interval, Paired, interval, paired
+from lamina.understand.budget import Sizes, lengths_of, some
+from lamina.understand.dose import Dose, Known, dose
+from lamina.understand.learnt import Learnt, learnt
 
 SHOWN = 3
-"""Answers that are shown side by side in the console; the record holds them all."""
+"""Answers that are shown side by side in the console, and rows that are told token by token; the record holds all answers."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One model's side of the card; a part that could not be measured is None."""
+class Part:
+    """Some measures of base and adapter on the same rows, by name."""
 
-    held_out: Evaluation | None
-    answers: Answers | None
-    neutral: Evaluation | None
+    measures: Mapping[str, Paired]
+    rows: int
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(base‖tuned) in nats per token, and on how many tokens it was measured."""
+
+    mean: float
+    interval: Interval | None
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Card:
-    """Base and adapter, measured in the same way on the same rows."""
+    """Base and adapter, measured in the same way on the same rows; a part that could not be measured is missing."""
 
-    base: Measured
-    adapter: Measured
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    """``held_out``, ``answers``, ``neutral``."""
+    given: tuple[Answers, Answers] | None = None
+    """The base's answers and the adapter's."""
+    kl: Mapping[str, Divergence] = field(default_factory=dict)
+    """On ``answers`` (the answer tokens of held-out rows) and ``neutral`` text."""
+    learnt: Learnt | None = None
+    dose: Dose | None = None
 
     def measures(self) -> list[tuple[str, str, str]]:
         """The measures as (name, base, adapter), in the order of their worth to a reader."""
-        return [(name, before, after) for name, before, after in map(self._row, _MEASURES) if before]
+        return [(name, format(of.base, form), format(of.adapter, form)) for name, of, form in self._told()]
+
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """The same, each with the change and its 95 % interval."""
+        return [(*row, _change(of, form)) for row, (_, of, form) in zip(self.measures(), self._told(), strict=True)]
 
     def answers(self) -> list[tuple[str, str, str, str]]:
         """Some answers side by side: (prompt, expected, the base's answer, the adapter's)."""
-        if self.base.answers is None or self.adapter.answers is None:
+        if self.given is None:
             return []
-        pairs = zip(self.base.answers.rows[:SHOWN], self.adapter.answers.rows[:SHOWN], strict=True)
+        pairs = zip(*(side.rows[:SHOWN] for side in self.given), strict=True)
         return [(before.prompt, before.reference, before.answer, after.answer) for before, after in pairs]
+
+    def lines(self) -> list[str]:
+        """What else there is to say: distance, learnt tokens, dose."""
+        said = [
+            f"{of.mean:.3g} nats per token of {_KL[name]}{'' if of.interval is None else ' [{:.3g}, {:.3g}]'.format(*of.interval)}"
+            for name, of in self.kl.items()
+        ]
+        lines = [f"distance from the base, KL(base‖adapter): {'; '.join(said)}"] if said else []
+        lines += [] if self.learnt is None else self.learnt.lines()
+        return lines + ([] if self.dose is None else [self.dose.line()])
 
     def as_json(self) -> dict[str, Any]:
         """The card for machines."""
-        return {"base": _json(self.base), "adapter": _json(self.adapter)}
+        return {
+            "base": self._side(0),
+            "adapter": self._side(1),
+            "difference": {
+                f"{part}.{name}": [of.difference, *(of.difference_interval or (None, None))]
+                for part, measured in self.parts.items()
+                for name, of in measured.measures.items()
+            },
+            "kl": {name: _divergence(self.kl.get(name)) for name in ("answers", "neutral")},
+            "learnt": None if self.learnt is None else self.learnt.as_json(),
+            "dose": None if self.dose is None else self.dose.as_json(),
+        }
 
-    def _row(self, measure: tuple[str, str, str, str]) -> tuple[str, str, str]:
-        name, part, value, form = measure
-        before, after = (_format(getattr(side, part), value, form) for side in (self.base, self.adapter))
-        return name, before, after
+    def _told(self) -> Iterator[tuple[str, Paired, str]]:
+        for name, part, measure, form in _MEASURES:
+            if part in self.parts and measure in self.parts[part].measures:
+                yield name, self.parts[part].measures[measure], form
+
+    def _side(self, side: int) -> dict[str, Any]:
+        found: dict[str, Any] = dict.fromkeys(("held_out", "answers", "neutral"))
+        for name, part in self.parts.items():
+            values = {key: (of.base, of.adapter)[side] for key, of in part.measures.items()}
+            spans = {key: (of.base_interval, of.adapter_interval)[side] for key, of in part.measures.items()}
+            found[name] = values | ({"tokens": part.tokens} if part.tokens else {})
+            found[name]["intervals"] = {key: span and list(span) for key, span in spans.items()}
+        if self.given is not None:
+            found["answers"] = (
+                {"exact_match": None} | found["answers"] | {"rows": [*map(_answer, self.given[side].rows)]}
+            )
+        return found
 
 
 _MEASURES = (
@@ -61,56 +127,118 @@ _MEASURES = (
     ("mean length of an answer (tokens)", "answers", "mean_tokens", ".1f"),
     ("perplexity of neutral text", "neutral", "perplexity", ",.2f"),
 )
+_KL = {"answers": "held-out answers", "neutral": "neutral text"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What answers are asked of: the model, its tokenizer, and the ids that end an answer."""
+
+    model: Decoder
+    tokenizer: Any
+    stop: AbstractSet[int]
 
 
 def measure(
-    model: Decoder,
-    tokenizer: Any,
-    stop: AbstractSet[int],
+    asked: Asked,
     held_out: TokenStore | Sequence[Rendered],
     neutral: Sequence[Rendered],
-    settings: Evaluating,
-    budget: int,
-) -> Measured:
-    """Measures a model as it stands: with its adapter, without it, or a plain one.
+    sizes: Sizes,
+    base: Scores | None = None,
+    adapter: Scores | None = None,
+) -> Card:
+    """Measures an adapted model without and with its adapter.
 
     Args:
-        held_out: rows that it was not trained on; none, and nothing is measured on them.
+        held_out: rows that it was not trained on; they stay on disk and are gone through. None, and nothing is measured
+            on them.
         neutral: windows of text that has nothing to do with the task, for what was forgotten.
-        budget: tokens computed at one time.
+        base, adapter: their scores on all held-out rows, where they are known.
     """
-    some = len(held_out) > 0  # the rows themselves stay on disk and are gone through
-    asked = settings.eval_samples and some
-    return Measured(
-        held_out=evaluate(model, held_out, budget) if some else None,
-        answers=answers(model, held_out, tokenizer, stop, settings.eval_samples, settings.eval_max_new_tokens)
-        if asked
-        else None,
-        neutral=evaluate(model, neutral, budget) if neutral else None,
+    model, parts, kl = asked.model, dict[str, Part](), dict[str, Divergence]()
+    given = found = curve = plain = None
+    if len(held_out):
+        if base is None:
+            with adapter_scale(model, 0.0):
+                base = score(model, held_out, sizes.portion)
+        if adapter is None:
+            adapter = score(model, held_out, sizes.portion)
+        parts["held_out"] = _losses(base, adapter)
+        kl["answers"] = _apart(model, _chosen(held_out, sizes.compared), sizes.portion)[0]
+        given = _answers(asked, held_out, sizes)
+        found = learnt(base, adapter, [held_out[place] for place in range(min(SHOWN, len(held_out)))], asked.tokenizer)
+    if given is not None:
+        parts["answers"] = _given(*given)
+    if neutral:
+        rows = _chosen(neutral, sizes.neutral)
+        kl["neutral"], plain = _apart(model, rows, sizes.portion)
+        parts["neutral"] = _losses(plain.base, plain.adapter)
+    if base is not None and adapter is not None:
+        task = Known(held_out, base, adapter)
+        curve = dose(model, _dosed(task, sizes.dosed), plain and _dosed(plain, sizes.dosed), sizes.portion)
+    return Card(parts, given, kl, found, curve)
+
+
+def _losses(base: Scores, adapter: Scores) -> Part:
+    def statistic(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        loss, accuracy = sums[..., 0] / sums[..., 2], sums[..., 1] / sums[..., 2]
+        return np.stack([loss, np.exp(np.minimum(loss, 700.0)), accuracy], axis=-1)  # e^709 is the last number
+
+    found = paired(base.per_row(), adapter.per_row(), statistic)
+    return Part(dict(zip(("loss", "perplexity", "accuracy"), found, strict=True)), len(base.ends), len(base.losses))
+
+
+def _given(base: Answers, adapter: Answers) -> Part:
+    names = ("stop_rate", *(("exact_match",) if base.comparable else ()), "mean_tokens")
+
+    def columns(given: Answers) -> NDArray[np.float64]:
+        rows = [(row.stopped, *((row.exact,) if base.comparable else ()), row.tokens, 1) for row in given.rows]
+        return np.array(rows, dtype=np.float64)
+
+    found = paired(columns(base), columns(adapter), lambda sums: sums[..., :-1] / sums[..., -1:], shares=len(names) - 1)
+    return Part(dict(zip(names, found, strict=True)), len(base.rows))
+
+
+def _apart(model: Decoder, rows: Sequence[Rendered], portion: int) -> tuple[Divergence, Known]:
+    base, adapter, kl = score_both(model, rows, portion)
+    sums = Scores(base.targets, kl, base.correct, base.ends).per_row()[:, [0, 2]]
+    total, tokens = sums.sum(0).tolist()
+    return Divergence(total / tokens, interval(sums, lambda s: s[..., :1] / s[..., 1:]), int(tokens)), Known(
+        rows, base, adapter
     )
 
 
-def both(model: Decoder, *arguments: Any) -> Card:
-    """The card of an adapted model; arguments as for ``measure``."""
-    with adapter_scale(model, 0.0):
-        base = measure(model, *arguments)
-    return Card(base, measure(model, *arguments))
+def _answers(asked: Asked, held_out: TokenStore | Sequence[Rendered], sizes: Sizes) -> tuple[Answers, Answers] | None:
+    if not sizes.samples:
+        return None
+    arguments = (asked.model, held_out, asked.tokenizer, asked.stop, sizes.samples, sizes.new_tokens)
+    with adapter_scale(asked.model, 0.0):
+        before = answers(*arguments)
+    after = answers(*arguments)
+    return None if before is None or after is None else (before, after)
 
 
-def _format(part: Any, value: str, form: str) -> str:
-    return "" if part is None else format(getattr(part, value), form)
+def _chosen(rows: TokenStore | Sequence[Rendered], tokens: int) -> list[Rendered]:
+    return [rows[place] for place in some(lengths_of(rows), tokens).tolist()]
 
 
-def _json(side: Measured) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys(("held_out", "answers", "neutral"))
-    for name in ("held_out", "neutral"):
-        if (part := getattr(side, name)) is not None:
-            found[name] = {key: getattr(part, key) for key in ("loss", "perplexity", "accuracy", "tokens")}
-    if side.answers is not None:
-        measures = {key: getattr(side.answers, key) for key in ("exact_match", "stop_rate", "mean_tokens")}
-        rows = [
-            {"row": a.row, "prompt": a.prompt, "reference": a.reference, "answer": a.answer, "stopped": a.stopped}
-            for a in side.answers.rows
-        ]
-        found["answers"] = measures | {"rows": rows}
-    return found
+def _dosed(known: Known, tokens: int) -> Known:
+    """Some of the rows with their scores."""
+    places = some(lengths_of(known.rows), tokens)
+    rows = [known.rows[place] for place in places.tolist()]
+    return Known(rows, known.base.part(places), known.adapter.part(places))
+
+
+def _change(of: Paired, form: str) -> str:
+    factor, form, unit = (100, ".1f", " points") if form.endswith("%") else (1, form, "")
+    values = [of.difference, *(of.difference_interval or ())]
+    said = [format(factor * value, f"+{form}") for value in values]
+    return said[0] + (f" [{', '.join(said[1:])}]" if said[1:] else "") + unit
+
+
+def _divergence(of: Divergence | None) -> dict[str, Any] | None:
+    return None if of is None else {"mean": of.mean, "interval": of.interval and list(of.interval), "tokens": of.tokens}
+
+
+def _answer(a: Answer) -> dict[str, Any]:
+    return {"row": a.row, "prompt": a.prompt, "reference": a.reference, "answer": a.answer, "stopped": a.stopped}

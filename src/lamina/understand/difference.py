@@ -13,6 +13,7 @@ from lamina.adapter import adapter_scale
 from lamina.generation import evaluating
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
+from lamina.ops.loss import divergence
 
 SAME_KL = 1e-3
 """Nats per token below which two models count as the same: a sampler needs some thousand tokens to tell them apart."""
@@ -82,7 +83,7 @@ def compare(adapter: Tensor, merged: Tensor, targets: Tensor) -> Difference:
             clear + int(leads.sum()),
         )
         before, after = before.log_softmax(1), after.log_softmax(1)
-        kl += float(F.kl_div(after, before, log_target=True, reduction="sum"))
+        kl += float(divergence(before, after).sum())
         for side, scores in enumerate((before, after)):
             losses[side] += float(F.nll_loss(scores, targets[rows], reduction="sum"))
     count = len(targets)

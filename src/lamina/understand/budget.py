@@ -1,0 +1,99 @@
+"""How much the card measures: as much as a tenth of the run's time pays for, decided by the job and the data and by no clock.
+
+The unit is one token's way forward through the model. Training costs two of it a token: the base is frozen, so the way back
+goes to the activations only, as many products as the way forward (with checkpointed layers three). A run over T training
+tokens takes about 2·T, and the card may take B = ``SHARE``·2·T:
+
+    answers                35 % of B    each prompt costs base and adapter prompt + ``GENERATED``·limit
+    KL on held-out rows    10 % of B    each token passes twice, without and with the adapter
+    neutral text           20 % of B    each token passes twice; loss and KL come out of one pass
+    dose curve             35 % of B    each token passes at five scales (0 and 1 are known), held-out rows and neutral text
+
+Each part has a most, beyond which its numbers get no better, and a least, below which they say nothing: under some 50,000
+training tokens the leasts decide, and the card takes some thousand tokens' time. The held-out loss itself, before and after, is
+an evaluation of the run and is measured over all rows. ``SHARE`` is less than a tenth, because a small model's time goes
+into other things than its products too.
+
+``eval_samples`` is obeyed when it is set. The limit of an answer's length is the job's, and assumed to be reached.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina.data.render import Rendered
+from lamina.data.store import TokenStore
+from lamina.evaluation import Evaluating
+from lamina.training.loop import Training
+
+SHARE = 0.08
+"""Part of the training's time that the card may take."""
+
+GENERATED = 4
+"""Cost of a generated token: its products wait for the weights, which a few sequences at a time share."""
+
+ANSWERS, COMPARED, NEUTRAL, DOSED = 0.35, 0.1, 0.2, 0.35
+SAMPLES = (4, 64)
+TOKENS = (256, 16_384)
+"""Least and most tokens of held-out rows for KL; also the least of neutral text, whose most is read from its file."""
+
+DOSE_TOKENS = (128, 8_192)
+NEW_SCALES = 5
+"""Scales of the dose curve at which the model has to be run."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the card measures, in rows and tokens; ``portion`` is computed at one time."""
+
+    portion: int
+    samples: int
+    """Prompts that are answered."""
+    new_tokens: int
+    """Tokens of an answer at most."""
+    compared: int
+    """Tokens of the held-out rows on which KL is measured."""
+    neutral: int
+    """Tokens of neutral text."""
+    dosed: int
+    """Tokens of held-out rows on the dose curve, and as many of neutral text."""
+
+
+def sizes(settings: Evaluating, training: Training, train: TokenStore, held_out: TokenStore) -> Sizes:
+    """The sizes for a job and its data."""
+    examples = training.steps * training.batch_size if training.steps else round(len(train) * training.epochs)
+    mean = float(train.lengths.mean()) if len(train) else 0.0
+    budget = SHARE * 2 * examples * mean
+    prompt = float(held_out.lengths.mean()) if len(held_out) else 0.0
+    answer = 2 * (prompt + GENERATED * settings.eval_max_new_tokens)
+    samples = settings.eval_samples
+    return Sizes(
+        portion=training.portion,
+        samples=_within(ANSWERS * budget / answer, SAMPLES) if samples is None else samples,
+        new_tokens=settings.eval_max_new_tokens,
+        compared=_within(COMPARED * budget / 2, TOKENS),
+        neutral=max(TOKENS[0], math.floor(NEUTRAL * budget / 2)),
+        dosed=_within(DOSED * budget / (2 * NEW_SCALES), DOSE_TOKENS),
+    )
+
+
+def some(lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+    """The places of rows that together hold at most so many tokens, at least one row: drawn from all parts of the data, and
+    each time the same ones."""
+    order = np.random.default_rng(0).permutation(len(lengths))
+    count = int(np.searchsorted(lengths[order].cumsum(), tokens, side="right"))
+    return np.sort(order[: max(1, count)])
+
+
+def lengths_of(rows: TokenStore | Sequence[Rendered]) -> NDArray[np.int64]:
+    """Tokens of each row."""
+    if isinstance(rows, TokenStore):
+        return rows.lengths
+    return np.array([len(row.tokens) for row in rows], dtype=np.int64)
+
+
+def _within(number: float, bounds: tuple[int, int]) -> int:
+    return min(max(math.floor(number), bounds[0]), bounds[1])
