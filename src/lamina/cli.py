@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "say what a job will need: memory item by item, and time",
     "train": "fine-tune: train JOB, or train --model M --data D; train --resume RUN goes on",
     "eval": "measure a run on its held-out rows, the base beside the adapter",
+    "compare": "put the cards of runs side by side",
     "explain": "say what an adapter is: its size, its rank, where it sits, which rank would have done",
     "generate": "answer a file of prompts with a run or a model",
     "chat": "talk to a run or a model, and to its base",

@@ -96,12 +96,12 @@ def paired(
     return found
 
 
-def grouped(columns: Array) -> Array:
-    """The sums of at most ``GROUPS`` groups of rows, [min(R, GROUPS), K]: each row's group is its place modulo their number."""
-    if len(columns) <= GROUPS:
+def grouped(columns: Array, most: int = GROUPS) -> Array:
+    """The sums of at most so many groups of rows, [min(R, most), K]: each row's group is its place modulo their number."""
+    if len(columns) <= most:
         return columns
-    sums = np.zeros((GROUPS, columns.shape[1]))
-    np.add.at(sums, np.arange(len(columns)) % GROUPS, columns)
+    sums = np.zeros((most, columns.shape[1]))
+    np.add.at(sums, np.arange(len(columns)) % most, columns)
     return sums
 
 

@@ -19,10 +19,15 @@ from lamina.data.render import Rendered
 from lamina.data.store import TokenStore
 from lamina.evaluation import Answer, Answers, Scores, answers, score, score_both
 from lamina.model.decoder import Decoder
-from lamina.understand.bootstrap import Interval, Paired, interval, paired
+from lamina.understand.bootstrap import Interval, Paired, grouped, interval, paired
 from lamina.understand.budget import Sizes, lengths_of, some
 from lamina.understand.dose import Dose, Known, dose
 from lamina.understand.learnt import Learnt, learnt
+
+KEPT = 200
+"""Groups of held-out rows whose sums the record keeps."""
+
+Sums = tuple[tuple[float, ...], ...]
 
 SHOWN = 3
 """Answers that are shown side by side in the console, and rows that are told token by token; the record holds all answers."""
@@ -35,6 +40,8 @@ class Part:
     measures: Mapping[str, Paired]
     rows: int
     tokens: int = 0
+    sums: tuple[Sums, ...] = ()
+    """Of base and adapter: loss, hits and tokens of groups of rows, from which runs can be compared row by row."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Card:
         }
 
     def _told(self) -> Iterator[tuple[str, Paired, str]]:
-        for name, part, measure, form in _MEASURES:
+        for name, part, measure, form in MEASURES:
             if part in self.parts and measure in self.parts[part].measures:
                 yield name, self.parts[part].measures[measure], form
 
@@ -111,6 +118,8 @@ class Card:
             spans = {key: (of.base_interval, of.adapter_interval)[side] for key, of in part.measures.items()}
             found[name] = values | ({"tokens": part.tokens} if part.tokens else {})
             found[name]["intervals"] = {key: span and list(span) for key, span in spans.items()}
+            if part.sums:
+                found[name]["sums"] = [list(row) for row in part.sums[side]]
         if self.given is not None:
             found["answers"] = (
                 {"exact_match": None} | found["answers"] | {"rows": [*map(_answer, self.given[side].rows)]}
@@ -118,7 +127,8 @@ class Card:
         return found
 
 
-_MEASURES = (
+LOSSES = ("loss", "perplexity", "accuracy")
+MEASURES = (
     ("held-out loss (nats per answer token)", "held_out", "loss", ".4f"),
     ("held-out perplexity", "held_out", "perplexity", ",.2f"),
     ("answer tokens predicted", "held_out", "accuracy", ".1%"),
@@ -179,13 +189,17 @@ def measure(
     return Card(parts, given, kl, found, curve)
 
 
-def _losses(base: Scores, adapter: Scores) -> Part:
-    def statistic(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        loss, accuracy = sums[..., 0] / sums[..., 2], sums[..., 1] / sums[..., 2]
-        return np.stack([loss, np.exp(np.minimum(loss, 700.0)), accuracy], axis=-1)  # e^709 is the last number
+def loss_statistic(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Loss, perplexity and accuracy from sums of losses, hits and tokens: [..., 3] → [..., 3]."""
+    loss, accuracy = sums[..., 0] / sums[..., 2], sums[..., 1] / sums[..., 2]
+    return np.stack([loss, np.exp(np.minimum(loss, 700.0)), accuracy], axis=-1)  # e^709 is the last number
 
-    found = paired(base.per_row(), adapter.per_row(), statistic)
-    return Part(dict(zip(("loss", "perplexity", "accuracy"), found, strict=True)), len(base.ends), len(base.losses))
+
+def _losses(base: Scores, adapter: Scores) -> Part:
+    rows = base.per_row(), adapter.per_row()
+    found = dict(zip(LOSSES, paired(*rows, loss_statistic), strict=True))
+    kept = tuple(tuple(map(tuple, grouped(side, KEPT).round(4).tolist())) for side in rows)
+    return Part(found, len(base.ends), len(base.losses), kept)
 
 
 def _given(base: Answers, adapter: Answers) -> Part:

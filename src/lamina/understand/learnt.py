@@ -4,7 +4,8 @@ A mean of the loss hides where it went. A model that was taught a form has learn
 the rest is as it was; one that was taught facts has learnt the words of the facts. A kind is a token of the vocabulary, in
 whatever context it is the right next one. Kinds are ordered by what they add to the whole gain, Σ (before - after), so that
 the list adds up to the loss: the order by mean gain would be led by what occurs but once. A kind that is met fewer than
-``LEAST`` times is not listed: of hundreds of those some are much better or worse by chance.
+``LEAST`` times is not listed: of hundreds of those some are much better or worse by chance. Nor is one whose loss has changed by
+less than ``NOTHING``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from lamina.data.render import Rendered, show
 from lamina.evaluation import Scores
 
 LEAST = 5
+NOTHING = 0.01
+"""Nats a token."""
 LISTED = 20
 SAID = 6
 
@@ -77,7 +80,7 @@ def learnt(base: Scores, adapter: Scores, shown: Sequence[Rendered], tokenizer: 
     ids, counts, before, after = kinds(base, adapter)
     gain = before - after
     order = np.argsort(-gain, kind="stable")
-    order = order[counts[order] >= LEAST]
+    order = order[(counts[order] >= LEAST) & (abs(gain[order]) >= NOTHING * counts[order])]
 
     def listed(places: NDArray[np.int64]) -> tuple[Kind, ...]:
         texts = show(Rendered(ids[places], np.ones(len(places), dtype=np.bool_), 0), tokenizer)
