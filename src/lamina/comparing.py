@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lamina.errors import CheckpointError, ConfigError
 from lamina.job import Job, read_job
-from lamina.understand.bootstrap import paired
-from lamina.understand.card import LOSSES, MEASURES, loss_statistic
+from lamina.understand.card import KINDS, MEASURES
 
 MISSING = "–"
+COLUMNS = {"held_out": 3, "answers": 4, "neutral": 3}
+"""Sums that a card keeps of each group of rows."""
 _FIGURES = (
     ("steps", "steps", ",.0f"),
     ("supervised tokens", "supervised_tokens", ",.0f"),
@@ -174,8 +176,8 @@ class _Card:
             raise self.damaged(".".join(keys), found, "two numbers")
         return found[0], found[1]
 
-    def sums(self, part: str) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """The adapter's sums over groups of rows, [G, 3]."""
+    def sums(self, part: str) -> NDArray[np.float64] | None:
+        """The adapter's sums over groups of rows, [G, K]."""
         found = self.at("adapter", part, "sums")
         if found is None:
             return None
@@ -183,8 +185,8 @@ class _Card:
             made = np.array(found, dtype=np.float64)
         except (TypeError, ValueError):
             made = np.zeros(0)
-        if made.ndim != 2 or made.shape[1] != len(LOSSES):
-            raise self.damaged(f"adapter.{part}.sums", found, "rows of three numbers")
+        if made.ndim != 2 or made.shape[1] != COLUMNS[part]:
+            raise self.damaged(f"adapter.{part}.sums", found, f"rows of {COLUMNS[part]} numbers")
         return made
 
     def rows(self) -> list[Any]:
@@ -202,7 +204,7 @@ def _cell(first: _Card, card: _Card, part: str, key: str) -> Cell:
     mine, theirs = card.sums(part), first.sums(part)
     if mine is None or theirs is None or mine.shape != theirs.shape:
         return Cell(value, span, (value - before,))
-    ends = paired(theirs, mine, loss_statistic)[LOSSES.index(key)].difference_interval
+    ends = KINDS[part].measures(theirs, mine)[key].difference_interval
     return Cell(value, span, (value - before, *(ends or ())))
 
 

@@ -1,20 +1,19 @@
 """How much the card measures: as much as a tenth of the run's time pays for, decided by the job and the data and by no clock.
 
 The unit is one token's way forward through the model. Training costs two of it a token: the base is frozen, so the way back
-goes to the activations only, as many products as the way forward (with checkpointed layers three). A run over T training
-tokens takes about 2·T, and the card may take B = ``SHARE``·2·T:
+goes to the activations only, as many products as the way forward (measured on the demo's base: 2.4; with checkpointed layers
+about 3). A run over T training tokens takes about 2·T, and the card may take B = ``SHARE``·2·T:
 
-    answers                35 % of B    each prompt costs base and adapter prompt + ``GENERATED``·limit
+    answers                50 % of B    base and adapter each read the prompts and write up to the limit; a step of n answers
+                                        costs ``STEP`` + ``WRITTEN``·n, because its products wait for the weights
     KL on held-out rows    10 % of B    each token passes twice, without and with the adapter
-    neutral text           20 % of B    each token passes twice; loss and KL come out of one pass
-    dose curve             35 % of B    each token passes at five scales (0 and 1 are known), held-out rows and neutral text
+    neutral text           15 % of B    each token passes twice; loss and KL come out of one pass
+    dose curve             25 % of B    each token passes at five scales (0 and 1 are known), held-out rows and neutral text
 
-Each part has a most, beyond which its numbers get no better, and a least, below which they say nothing: under some 50,000
-training tokens the leasts decide, and the card takes some thousand tokens' time. The held-out loss itself, before and after, is
-an evaluation of the run and is measured over all rows. ``SHARE`` is less than a tenth, because a small model's time goes
-into other things than its products too.
-
-``eval_samples`` is obeyed when it is set. The limit of an answer's length is the job's, and assumed to be reached.
+The estimate is on the high side: answers mostly end before the limit, and the run is more than its training. Each part has a
+most, beyond which its numbers get no better, and a least, below which they say nothing: where the run has fewer than some
+100,000 training tokens the leasts decide, and the card takes the time of some thousand tokens. The held-out loss itself,
+before and after, is an evaluation of the run, over all rows. ``eval_samples`` is obeyed when it is set.
 """
 
 import math
@@ -29,13 +28,13 @@ from lamina.data.store import TokenStore
 from lamina.evaluation import Evaluating
 from lamina.training.loop import Training
 
-SHARE = 0.08
+SHARE = 0.1
 """Part of the training's time that the card may take."""
 
-GENERATED = 4
-"""Cost of a generated token: its products wait for the weights, which a few sequences at a time share."""
+ANSWERS, COMPARED, NEUTRAL, DOSED = 0.5, 0.1, 0.15, 0.25
+STEP, WRITTEN = 50, 2
+"""Cost of a step of writing, and of each token in it: on the demo's base 16 answers at a time cost 5.3 a token, 64 cost 2.5."""
 
-ANSWERS, COMPARED, NEUTRAL, DOSED = 0.35, 0.1, 0.2, 0.35
 SAMPLES = (4, 64)
 TOKENS = (256, 16_384)
 """Least and most tokens of held-out rows for KL; also the least of neutral text, whose most is read from its file."""
@@ -68,12 +67,12 @@ def sizes(settings: Evaluating, training: Training, train: TokenStore, held_out:
     mean = float(train.lengths.mean()) if len(train) else 0.0
     budget = SHARE * 2 * examples * mean
     prompt = float(held_out.lengths.mean()) if len(held_out) else 0.0
-    answer = 2 * (prompt + GENERATED * settings.eval_max_new_tokens)
-    samples = settings.eval_samples
+    limit, samples = settings.eval_max_new_tokens, settings.eval_samples
+    affordable = (ANSWERS * budget / 2 - STEP * limit) / (prompt + WRITTEN * limit)
     return Sizes(
         portion=training.portion,
-        samples=_within(ANSWERS * budget / answer, SAMPLES) if samples is None else samples,
-        new_tokens=settings.eval_max_new_tokens,
+        samples=_within(affordable, SAMPLES) if samples is None else samples,
+        new_tokens=limit,
         compared=_within(COMPARED * budget / 2, TOKENS),
         neutral=max(TOKENS[0], math.floor(NEUTRAL * budget / 2)),
         dosed=_within(DOSED * budget / (2 * NEW_SCALES), DOSE_TOKENS),

@@ -6,9 +6,9 @@ the base's, the last the adapter's); mean, intervals, learnt tokens and two poin
 much of the rest is measured is decided in ``budget``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,19 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """How the measures of a part are made of sums over its rows, [..., K] → [..., M]; the first may be shares of rows."""
+
+    names: tuple[str, ...]
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    shares: int = 0
+
+    def measures(self, one: NDArray[np.float64], other: NDArray[np.float64]) -> dict[str, Paired]:
+        """Measures two models on the same rows, [R, K] each."""
+        return dict(zip(self.names, paired(one, other, self.statistic, shares=self.shares), strict=True))
+
+
+@dataclass(frozen=True)
 class Part:
     """Some measures of base and adapter on the same rows, by name."""
 
@@ -41,7 +54,7 @@ class Part:
     rows: int
     tokens: int = 0
     sums: tuple[Sums, ...] = ()
-    """Of base and adapter: loss, hits and tokens of groups of rows, from which runs can be compared row by row."""
+    """Of base and adapter: what is summed of each group of rows, from which runs can be compared row by row."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,6 @@ class Card:
         return found
 
 
-LOSSES = ("loss", "perplexity", "accuracy")
 MEASURES = (
     ("held-out loss (nats per answer token)", "held_out", "loss", ".4f"),
     ("held-out perplexity", "held_out", "perplexity", ",.2f"),
@@ -173,7 +185,7 @@ def measure(
                 base = score(model, held_out, sizes.portion)
         if adapter is None:
             adapter = score(model, held_out, sizes.portion)
-        parts["held_out"] = _losses(base, adapter)
+        parts["held_out"] = _part("held_out", base.per_row(), adapter.per_row(), len(base.losses))
         kl["answers"] = _apart(model, _chosen(held_out, sizes.compared), sizes.portion)[0]
         given = _answers(asked, held_out, sizes)
         found = learnt(base, adapter, [held_out[place] for place in range(min(SHOWN, len(held_out)))], asked.tokenizer)
@@ -182,35 +194,44 @@ def measure(
     if neutral:
         rows = _chosen(neutral, sizes.neutral)
         kl["neutral"], plain = _apart(model, rows, sizes.portion)
-        parts["neutral"] = _losses(plain.base, plain.adapter)
+        parts["neutral"] = _part("neutral", plain.base.per_row(), plain.adapter.per_row(), len(plain.base.losses))
     if base is not None and adapter is not None:
         task = Known(held_out, base, adapter)
         curve = dose(model, _dosed(task, sizes.dosed), plain and _dosed(plain, sizes.dosed), sizes.portion)
     return Card(parts, given, kl, found, curve)
 
 
-def loss_statistic(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Loss, perplexity and accuracy from sums of losses, hits and tokens: [..., 3] → [..., 3]."""
+def _of_losses(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Loss, perplexity and accuracy from sums of losses, hits and tokens."""
     loss, accuracy = sums[..., 0] / sums[..., 2], sums[..., 1] / sums[..., 2]
     return np.stack([loss, np.exp(np.minimum(loss, 700.0)), accuracy], axis=-1)  # e^709 is the last number
 
 
-def _losses(base: Scores, adapter: Scores) -> Part:
-    rows = base.per_row(), adapter.per_row()
-    found = dict(zip(LOSSES, paired(*rows, loss_statistic), strict=True))
-    kept = tuple(tuple(map(tuple, grouped(side, KEPT).round(4).tolist())) for side in rows)
-    return Part(found, len(base.ends), len(base.losses), kept)
+def _of_answers(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Stop rate, exact match and mean length from sums of what each answer has of them, and of answers."""
+    return sums[..., :-1] / sums[..., -1:]
+
+
+KINDS = {
+    "held_out": Measuring(("loss", "perplexity", "accuracy"), _of_losses),
+    "answers": Measuring(("stop_rate", "exact_match", "mean_tokens"), _of_answers, shares=2),
+    "neutral": Measuring(("loss", "perplexity", "accuracy"), _of_losses),
+}
+
+
+def _part(name: str, base: NDArray[np.float64], adapter: NDArray[np.float64], tokens: int = 0) -> Part:
+    kept = tuple(tuple(map(tuple, grouped(side, KEPT).round(4).tolist())) for side in (base, adapter))
+    return Part(KINDS[name].measures(base, adapter), len(base), tokens, kept)
 
 
 def _given(base: Answers, adapter: Answers) -> Part:
-    names = ("stop_rate", *(("exact_match",) if base.comparable else ()), "mean_tokens")
-
     def columns(given: Answers) -> NDArray[np.float64]:
-        rows = [(row.stopped, *((row.exact,) if base.comparable else ()), row.tokens, 1) for row in given.rows]
-        return np.array(rows, dtype=np.float64)
+        return np.array([(a.stopped, a.exact, a.tokens, 1) for a in given.rows], dtype=np.float64)
 
-    found = paired(columns(base), columns(adapter), lambda sums: sums[..., :-1] / sums[..., -1:], shares=len(names) - 1)
-    return Part(dict(zip(names, found, strict=True)), len(base.rows))
+    part = _part("answers", columns(base), columns(adapter))
+    if base.comparable:
+        return part
+    return replace(part, measures={name: of for name, of in part.measures.items() if name != "exact_match"})
 
 
 def _apart(model: Decoder, rows: Sequence[Rendered], portion: int) -> tuple[Divergence, Known]:

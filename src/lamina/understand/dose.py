@@ -57,7 +57,7 @@ class Dose:
 
     def as_json(self) -> dict[str, Any]:
         """The curve for machines."""
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
