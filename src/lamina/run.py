@@ -130,7 +130,8 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
         show.line(line)
     if job.watch.patience and not len(data.held_out):
         raise ConfigError("watch.patience: counts evaluations, but nothing is held out; set eval_fraction or eval_data")
-    planned = plan_run(job, base, data)
+    with watch("planning"):
+        planned = plan_run(job, base, data)
     for line in planned.lines():
         show.line(line)
     planned.check()

@@ -184,3 +184,43 @@ def test_an_update_too_small_for_bf16_is_told_before_the_run(
     files = ["--model", str(place / "base"), "--data", str(place / "rows.jsonl"), "--out", str(tmp_path / "run")]
     assert cli.main(["train", *files, *settings]) == 0
     assert ("merged into bf16, most of the update will vanish" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("neutral", ["lamina:neutral.txt", None, "own"])
+def test_the_card_of_a_run(neutral: str | None, place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "own.txt").write_text("the cat sat on a mat and saw that it was good; " * 20, encoding="utf-8")
+    settings = Evaluating(neutral=str(tmp_path / "own.txt") if neutral == "own" else neutral, eval_max_new_tokens=4)
+    fine_tune(job(place, run, evaluate=settings))
+    card = json.loads((run / "card.json").read_text(encoding="utf-8"))
+    evaluations = [record["eval_loss"] for record in read_metrics(run) if "eval_loss" in record]
+    for side, loss in (("base", evaluations[0]), ("adapter", evaluations[-1])):
+        # Two orders of summing some tens of losses in float64.
+        assert card[side]["held_out"]["loss"] == pytest.approx(loss, rel=1e-13)
+        assert (card[side]["neutral"] is None) == (neutral is None)
+    assert (card["kl"]["neutral"] is None) == (card["dose"]["neutral"] is None) == (neutral is None)
+    assert card["kl"]["answers"]["mean"] > 0
+    assert len(card["adapter"]["answers"]["rows"]) == 3, "all that is held out"
+    assert len(card["learnt"]["rows"]) == 3
+    assert card["dose"]["scales"][0] == 0 and len(card["dose"]["task"]) == 7
+    parts = {"data", "planning", "load", "base_evaluation", "training", "evaluations", "saving", "card"}
+    assert card["seconds"].keys() == parts
+    again = card_of(open_run(run)).as_json()
+    assert {key: card[key] for key in again} == again, (
+        "what the run's evaluations had computed is what is computed anew"
+    )
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fine_tune(job(place, run))
+    before = json.loads((run / "card.json").read_text(encoding="utf-8"))
+    resume(run)
+    after = json.loads((run / "card.json").read_text(encoding="utf-8"))
+    for part in ("data", "load", "training", "evaluations", "base_evaluation"):
+        assert after["seconds"][part] >= before["seconds"][part] > 0, part
+    assert after["seconds"]["data"] > before["seconds"]["data"]
+    assert after["adapter"] == before["adapter"]
+    assert after["base"] == before["base"], (
+        "the base's scores are not kept in the state; computed anew they are the same"
+    )
