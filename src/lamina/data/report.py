@@ -24,6 +24,7 @@ class DataReport:
         lost_tokens, lost_targets: what that cost; ``cut_answers`` lost their end, ``lost_answers`` all of their text.
         nothing_to_learn: numbers of the rows that hold no target (or none after the cut): never trained on.
         duplicates: rows that repeat an earlier one; copies stand on the same side of the split.
+        concerned: numbers of the rows that a count is about, by its name: bos_held, blank_answers, specials_inside.
         held_out_copies: held-out rows left out because they also stand in training.
     """
 
@@ -55,6 +56,7 @@ class DataReport:
     held_out_copies: int = 0
     held_out_source: str = ""
     context: bool = False
+    concerned: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The account in sentences, the most important first; nothing is said of what did not happen."""
