@@ -38,7 +38,7 @@ class Counts:
     Args:
         tokens, learnt: of the training rows; ``byte`` are those that stand for a byte of a character without a token.
         unknown_rows: rows that hold the token for what is unknown, ``byte_rows`` those with many byte tokens.
-        start_rows: rows that begin with the token that begins a text, ``double_start_rows`` with two of them.
+        no_start_rows: rows that begin without the token that begins a text, ``double_start_rows`` with two of them.
         repeats: training rows whose tokens stand in an earlier one.
         shared_prompts: held-out rows whose prompt also stands in training.
         texts: the beginnings of some rows that are learnt from their first token.
@@ -99,31 +99,34 @@ def count(data: Prepared, tokenizer: Any) -> Counts:
     """Counts what the tokens tell, in one pass."""
     of = _Tokens(tokenizer)
     tokens = learnt = byte = unknown = 0
-    rows: dict[str, list[int]] = {name: [] for name in ("unknown", "byte", "no_start", "double_start", "repeats")}
+    about: dict[str, list[int]] = {name: [] for name in ("unknown", "byte", "no start", "double start", "repeated")}
     seen, prompts = set[bytes](), set[bytes]()
     texts: list[str] = []
     for row in data.train:
         kinds = np.bincount(of.kinds[row.tokens], minlength=3)
         tokens, learnt = tokens + len(row.tokens), learnt + int(np.count_nonzero(row.trained))
         byte, unknown = byte + int(kinds[1]), unknown + int(kinds[2])
-        content = row.tokens.tobytes()
         for name in of.about(row, kinds):
-            rows[name].append(row.row)
-        if content in seen:
-            rows["repeats"].append(row.row)
+            about[name].append(row.row)
+        if (content := row.tokens.tobytes()) in seen:
+            about["repeated"].append(row.row)
         seen.add(content)
         prompts.update(_prompt(row))
         if row.trained[1:2].all() and len(texts) < SAMPLED:
             texts.append(str(tokenizer.decode(row.tokens[:256].tolist())))
-    shared = [row.row for row in data.held_out if any(prompt in prompts for prompt in _prompt(row))]
+    rows = {name: tuple(dict.fromkeys(numbers)) for name, numbers in about.items()}
     return Counts(
-        tokens,
-        learnt,
-        byte,
-        unknown,
-        *(tuple(rows[name]) for name in ("unknown", "byte", "no_start", "double_start", "repeats")),
-        tuple(shared),
-        tuple(texts),
+        tokens=tokens,
+        learnt=learnt,
+        byte=byte,
+        unknown=unknown,
+        unknown_rows=rows["unknown"],
+        byte_rows=rows["byte"],
+        no_start_rows=rows["no start"],
+        double_start_rows=rows["double start"],
+        repeats=rows["repeated"],
+        shared_prompts=tuple(row.row for row in data.held_out if not prompts.isdisjoint(_prompt(row))),
+        texts=tuple(texts),
     )
 
 
@@ -153,9 +156,9 @@ class _Tokens:
         if self.start is not None:
             begins = row.tokens[:2] == self.start
             if not begins[0]:
-                yield "no_start"
+                yield "no start"
             elif begins.all() and len(begins) == 2:
-                yield "double_start"
+                yield "double start"
 
 
 def _is_byte(name: str | None) -> bool:

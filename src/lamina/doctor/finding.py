@@ -13,6 +13,11 @@ LISTED = 10
 """Row numbers written out for people; the record holds them all."""
 
 
+def counted(number: int, name: str) -> str:
+    """A number of things: 1 row, 2 rows."""
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong with a job, or worth knowing.
@@ -66,12 +71,12 @@ class Diagnosis:
     def summary(self) -> str:
         """How many of which grade."""
         count = Counter(finding.grade for finding in self.findings)
-        parts = [f"{count[grade]} {grade}{'s' * (count[grade] != 1)}" for grade in GRADES if count[grade]]
+        parts = [counted(count[grade], grade) for grade in GRADES if count[grade]]
         return ", ".join(parts) or "a clean bill: nothing found"
 
     def short(self) -> Iterator[str]:
-        """Errors and warnings in a line each, for the beginning of a run."""
-        yield from (finding.line() for finding in self.findings if finding.grade != "note")
+        """Errors and warnings in a line each, for the beginning of a run; which says by itself when memory does not suffice."""
+        yield from (f.line() for f in self.findings if f.grade != "note" and f.rule != "memory")
 
     def as_json(self) -> dict[str, Any]:
         """The diagnosis for machines."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lamina.adapter import ALL_LINEAR
 from lamina.doctor.case import Case
-from lamina.doctor.finding import Finding, Grade
+from lamina.doctor.finding import Finding
 from lamina.training.kept import shapes
 from lamina.training.optimizer import Shape, relative_update, rule_of_thumb
 
@@ -81,13 +81,13 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     if factor < FAR:
         return
     under = rate < wanted
-    beside = f"; with alpha {case.alpha:g} instead of {ALPHA:g}" if not math.isclose(case.alpha, ALPHA) else ""
-    beside += f"{' and' if beside else '; with'} {case.steps} steps" if short else ""
+    because = [f"alpha is {case.alpha:g}, not {ALPHA:g}"] if not math.isclose(case.alpha, ALPHA) else []
+    because += [f"there are {case.steps} steps"] if short else []
+    beside = f"; as {' and '.join(because)}, {_times(rate, wanted)} the rate that would fit" if because else ""
     yield Finding(
         "learning-rate",
-        _by_factor(factor),
-        f"learning rate {rate:.1e}, {max(rate / plain, plain / rate):,.3g} times {'under' if rate < plain else 'over'} the rule of "
-        f"thumb for width {a.width:,}, {plain:.1e}{f'{beside} {factor:,.3g} times' if beside else ''}",
+        "error" if factor >= VERY_FAR else "warning",
+        f"learning rate {rate:.1e}, {_times(rate, plain)} the rule of thumb for width {a.width:,}, {plain:.1e}{beside}",
         "the adapter hardly moves: the answers stay the base's"
         if under
         else "training diverges, or forgets what the base knew",
@@ -95,8 +95,10 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     )
 
 
-def _by_factor(factor: float) -> Grade:
-    return "error" if factor >= VERY_FAR else "warning"
+def _times(rate: float, wanted: float) -> str:
+    """How far a rate is from another in words."""
+    factor = max(rate / wanted, wanted / rate)
+    return f"{factor:,.0f} times {'under' if rate < wanted else 'over'}" if factor >= 1.5 else "about at"
 
 
 def update_size(case: Case) -> Iterator[Finding]:

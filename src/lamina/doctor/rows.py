@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lamina.doctor.case import Case
-from lamina.doctor.finding import Finding
+from lamina.doctor.finding import Finding, counted
 
 WILD = 20
 """A row is wildly long from so many medians on, …"""
@@ -60,7 +60,7 @@ def empty_answers(case: Case) -> Iterator[Finding]:
         yield Finding(
             "empty-answers",
             "warning",
-            f"{case.report.blank_answers:,} answers are blank, and are not learnt",
+            f"{counted(case.report.blank_answers, 'answer')} without text, not learnt",
             "a blank answer would teach the model to stop at once",
             "fill in these answers, or remove the rows",
             rows,
@@ -94,7 +94,7 @@ def long_rows(case: Case) -> Iterator[Finding]:
         yield Finding(
             "wildly-long-rows",
             "warning",
-            f"{int(wild.sum()):,} rows are more than {WILD} times as long as the median of {median:,} tokens; "
+            f"{counted(int(wild.sum()), 'row')} more than {WILD} times as long as the median of {median:,} tokens; "
             f"the longest has {int(tokens.max()):,}",
             "memory is planned for the longest row; such rows are often several examples, or a file, in one cell",
             "look at these rows; split or remove them, or lower --max-length",
@@ -123,7 +123,7 @@ def in_both_splits(case: Case) -> Iterator[Finding]:
         yield Finding(
             "in-both-splits",
             "warning",
-            f"{copies:,} held-out rows also stand in training; they are left out of the held-out rows",
+            f"{counted(copies, 'held-out row')} left out, for the same text stands in training",
             "what was trained on measures memory, not learning",
             "remove them from one of the two, or raise --max-length where they differ only beyond it",
         )

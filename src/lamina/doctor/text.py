@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from lamina.data.forms import Message
 from lamina.data.templates import ChatFormat, chat_format
 from lamina.doctor.case import Case
-from lamina.doctor.finding import Finding
+from lamina.doctor.finding import Finding, counted
 from lamina.errors import DataError
 
 DIALOGUE = re.compile(
@@ -165,10 +165,11 @@ def dialogue_as_text(case: Case) -> Iterator[Finding]:
 def unknown_tokens(case: Case) -> Iterator[Finding]:
     """Characters that the tokenizer cannot write at all."""
     if rows := case.counts.unknown_rows:
+        token = case.chat.tokenizer.unk_token if case.chat else "unknown"
         yield Finding(
             "unknown-tokens",
             "warning",
-            f"{case.counts.unknown:,} tokens are {case.chat.tokenizer.unk_token if case.chat else 'unknown'}",
+            f"{counted(case.counts.unknown, 'character')} or more that the tokenizer does not know became {token}",
             "the model sees that something was there, and not what; it may learn to write it",
             "remove these characters from the rows, or use the tokenizer that was published with the model",
             rows,
@@ -203,7 +204,7 @@ def specials_inside(case: Case) -> Iterator[Finding]:
 
 
 def _of(case: Case, number: int) -> str:
-    return f"{number:,} of {case.report.rows:,} rows"
+    return f"{number:,} of {counted(case.report.rows, 'row')}"
 
 
 RULES = (
