@@ -19,6 +19,7 @@ from lamina.process import prepare
 
 COMMANDS = {
     "init": "print a complete, commented job.toml",
+    "check": "say what is wrong with a job, why it matters and how to mend it; trains nothing",
     "plan": "say what a job will need: memory item by item, and time",
     "train": "fine-tune: train JOB, or train --model M --data D; train --resume RUN goes on",
     "eval": "measure a run on its held-out rows, the base beside the adapter",

@@ -15,6 +15,7 @@ from lamina import jobfile, jobs
 from lamina.adapter import LoRA, choose
 from lamina.data.examples import DataSettings
 from lamina.data.prepare import Prepared, prepare
+from lamina.data.problems import Problems
 from lamina.errors import CheckpointError, ConfigError
 from lamina.evaluation import Evaluating
 from lamina.generation import Sampling
@@ -116,11 +117,16 @@ def check(job: Job, base: Path) -> None:
         )
 
 
-def prepare_data(job: Job, base: Path, tokenizer: Any) -> Prepared:
-    """Reads a job's data: the same rows are held out whenever it is called."""
+def prepare_data(job: Job, base: Path, tokenizer: Any, problems: Problems | None = None) -> Prepared:
+    """Reads a job's data: the same rows are held out whenever it is called; ``problems`` as in ``prepare``."""
     a = read_config(base)
     prepared = prepare(
-        shipped(job.data), tokenizer, job.head.seed, vocabulary=a.vocabulary, max_position=a.max_position
+        shipped(job.data),
+        tokenizer,
+        job.head.seed,
+        vocabulary=a.vocabulary,
+        max_position=a.max_position,
+        problems=problems,
     )
     report = replace(prepared.report, source=job.data.data, held_out_source=job.data.eval_data or "")
     return replace(prepared, report=report)  # named as the job names them, not by where a shipped file lies

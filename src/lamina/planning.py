@@ -112,8 +112,11 @@ class Planned:
         }
 
 
-def plan_run(job: Job, base: Path, data: Prepared) -> Planned:
+def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planned:
     """Plans the memory of a run, chooses what its settings leave open, and estimates its time.
+
+    Args:
+        timed: whether to time a layer here, which takes seconds and a layer's memory; else the time is 0.
 
     Raises:
         ConfigError: an adapter that does not fit the model.
@@ -127,7 +130,7 @@ def plan_run(job: Job, base: Path, data: Prepared) -> Planned:
     tokens = tokens_of(lengths, job.train, job.head.seed)
     layers = needs.setup.architecture.layers
     seconds = 0.0
-    if fits:
+    if fits and timed:
         usual = min(choice.tokens, max(1, tokens // job.train.total_steps(len(lengths))))
         pace = calibrate(needs.setup.architecture, job.model, needs.setup.ranks, usual)
         lowest = min(int(path.split(".")[2]) for path in needs.setup.ranks)

@@ -15,6 +15,7 @@ from lamina import jobfile, jobs
 from lamina.adapter import attach
 from lamina.adapter_files import fingerprint, save_adapter
 from lamina.data.prepare import Prepared
+from lamina.doctor.checkup import diagnose
 from lamina.errors import ConfigError, Error, TrainingError
 from lamina.evaluation import Scores, score
 from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, read_job, settings_fingerprint
@@ -132,6 +133,11 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
         raise ConfigError("watch.patience: counts evaluations, but nothing is held out; set eval_fraction or eval_data")
     with watch("planning"):
         planned = plan_run(job, base, data)
+    if not resuming:
+        diagnosis = diagnose(job, base, tokenizer, data, planned)
+        write_json(folder / "check.json", diagnosis.as_json())
+        for line in diagnosis.short():
+            show.line(line)
     for line in planned.lines():
         show.line(line)
     planned.check()

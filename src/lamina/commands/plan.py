@@ -5,7 +5,7 @@ The data are read and tokenised, so that the plan is made for the longest batch 
 import argparse
 
 from lamina import jobfile, settings
-from lamina.commands.train import job_of
+from lamina.commands.train import job_of, refuse_unwritten
 from lamina.job import SECTIONS, base_folder, check, prepare_data
 from lamina.model.tokenizer import load_tokenizer
 from lamina.planning import plan_run
@@ -20,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     job = job_of(given)
+    refuse_unwritten(given, job)
     base = base_folder(job.model)
     check(job, base)
     planned = plan_run(job, base, prepare_data(job, base, load_tokenizer(base)))

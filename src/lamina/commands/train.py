@@ -28,7 +28,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     with closing(Progress(sys.stderr if given.json else sys.stdout)) as progress:
         if given.resume is None:
-            result = fine_tune(job_of(given), progress)
+            job = job_of(given)
+            refuse_unwritten(given, job)
+            result = fine_tune(job, progress)
         else:
             result = resume(Path(given.resume), _changes(given), progress)
     show(result, given.json)
@@ -45,11 +47,19 @@ def job_of(given: argparse.Namespace) -> Job:
     if "train.epochs" in vars(given) and job.train.steps is not None:
         beside = "--steps" if "train.steps" in vars(given) else f"the job's steps = {job.train.steps}"
         raise ConfigError(f"found --epochs beside {beside}, which decides alone; leave out one, or add --steps none")
+    return job
+
+
+def refuse_unwritten(given: argparse.Namespace, job: Job) -> None:
+    """Tells how the file of a built-in job is written, where it has to be.
+
+    Raises:
+        DataError: it is not there.
+    """
     if given.job in jobs.names() and "data.data" not in vars(given):
         data = Path(job.data.data)  # a job's file that the user has to write; those it ships are named otherwise
         if data.suffix == ".jsonl" and not job.data.data.startswith(jobs.PREFIX) and not data.exists():
             raise DataError(f"{data}: no such file; `lamina jobs {given.job}` prints the script that writes it")
-    return job
 
 
 def _changes(given: argparse.Namespace) -> dict[str, object]:

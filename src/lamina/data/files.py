@@ -47,7 +47,7 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
     problems.check()
-    if empty:
+    if empty and not problems.places:
         raise DataError(f"{path}: the file is empty, expected at least one row")
 
 

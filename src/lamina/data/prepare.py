@@ -9,7 +9,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lamina.data.examples import DataSettings, read_examples
 from lamina.data.fit import fit
 from lamina.data.forms import Example
+from lamina.data.lengths import Lengths, LengthsWriter
 from lamina.data.problems import Problems
 from lamina.data.render import Marked, Rendered, mark, tokens_of
 from lamina.data.report import DataReport
@@ -33,11 +34,12 @@ LONGEST = 2048
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains on, what it measures itself by, and the account of both."""
+    """What a run trains on, what it measures itself by, the account of both, and the data's rows before any cut."""
 
     train: TokenStore
     held_out: TokenStore
     report: DataReport
+    lengths: Lengths = field(default_factory=Lengths)
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class _Read:
     count: Counter[str]
     forms: Counter[str]
     ignored: Counter[str]
-    lengths: NDArray[np.int64]
+    lengths: Lengths
     nothing: tuple[int, ...]
+    concerned: dict[str, tuple[int, ...]]
 
 
 def prepare(
@@ -62,6 +65,7 @@ def prepare(
     *,
     vocabulary: int | None = None,
     max_position: int | None = None,
+    problems: Problems | None = None,
 ) -> Prepared:
     """Reads and renders the data, and holds a part of it out.
 
@@ -70,6 +74,7 @@ def prepare(
         progress: told the number of rows read so far, after each block.
         vocabulary: ids that the model knows, if it is known; no row may hold another.
         max_position: the model's context, if it is known; no row may be longer.
+        problems: takes what is wrong with single rows; where it keeps them, they are left out and the others prepared.
 
     Raises:
         ConfigError: ``max_length`` is beyond the model's context.
@@ -78,7 +83,8 @@ def prepare(
     """
     limit = _longest(settings.max_length, max_position)
     chat = chat_format(tokenizer, settings.template)
-    data = _read(settings, settings.data, settings.split, chat, limit, vocabulary, progress)
+    source = _Source(settings, chat, limit, vocabulary, progress, problems or Problems())
+    data = _read(source, settings.data, settings.split)
     if not len(data.store):
         raise DataError(
             f"{settings.data}: nothing to train on: none of {data.count['rows']:,} rows holds a token to learn within "
@@ -93,7 +99,7 @@ def prepare(
         copies = held & np.isin(data.pieces, data.pieces[~held])
         train, held_out = data.store.part(~held), data.store.part(held & ~copies)
     else:
-        other = _read(settings, settings.eval_data, settings.eval_split, chat, limit, vocabulary, progress)
+        other = _read(source, settings.eval_data, settings.eval_split)
         copies = np.isin(other.keys, data.keys) | np.isin(other.pieces, data.pieces)
         train, held_out = data.store, other.store.part(~copies)
         if not len(held_out):
@@ -102,7 +108,7 @@ def prepare(
                 "training data"
             )
     report |= {"train_rows": len(train), "held_out_rows": len(held_out), "held_out_copies": int(copies.sum())}
-    return Prepared(train, held_out, DataReport(**report))
+    return Prepared(train, held_out, DataReport(**report), data.lengths)
 
 
 def _longest(wanted: int | None, context: int | None) -> int:
@@ -117,27 +123,32 @@ def _longest(wanted: int | None, context: int | None) -> int:
     return wanted
 
 
-def _read(
-    settings: DataSettings,
-    source: str,
-    split: str,
-    chat: ChatFormat,
-    limit: int,
-    vocabulary: int | None,
-    progress: Progress | None,
-) -> _Read:
+@dataclass(frozen=True)
+class _Source:
+    """How data are read: the same for what is trained on and what is held out."""
+
+    settings: DataSettings
+    chat: ChatFormat
+    limit: int
+    vocabulary: int | None
+    progress: Progress | None
+    problems: Problems
+
+
+def _read(of: _Source, source: str, split: str) -> _Read:
     """Reads one data set to its end."""
+    settings, chat, limit, problems = of.settings, of.chat, of.limit, of.problems
     count, forms, ignored = Counter[str](), Counter[str](), Counter[str]()
-    keys, pieces, lengths, nothing = array("Q"), array("Q"), array("q"), array("q")
+    keys, pieces, nothing, lengths = array("Q"), array("Q"), array("q"), LengthsWriter()
+    concerned: dict[str, list[int]] = {"bos_held": [], "blank_answers": [], "specials_inside": []}
     begins = chat.tokenizer.bos_token_id if chat.bos else None
     revision = settings.data_revision if source == settings.data else None
-    problems = Problems()
     with TokenWriter() as writer:
-        examples = read_examples(source, split=split, revision=revision)
+        examples = read_examples(source, split=split, revision=revision, problems=problems)
         while block := list(islice(examples, settings.read_ahead)):
             marked = list(_mark(block, chat, settings.system_prompt, source, problems))
             for rendered in tokens_of(marked, chat, settings.train_on):
-                _check_ids(rendered, vocabulary, chat, source)
+                _check_ids(rendered, of.vocabulary, chat, source)
                 kept = fit(rendered, limit, settings.long, begins, count)
                 whole = _key(rendered.tokens)
                 for piece in kept:
@@ -148,21 +159,23 @@ def _read(
                 count["answers"] += len(rendered.turns)
                 count["usable"] += bool(kept)
                 count["targets"] += int(rendered.trained.sum())
-                lengths.append(len(rendered.tokens))
+                lengths.append(rendered)
                 if not kept and not (settings.long == "drop" and len(rendered.tokens) > limit):
                     nothing.append(rendered.row)
             count["rows"] += len(block)
             count["blank_answers"] += sum(item.blank for item in marked)
             chats = {item.row for item in block if item.messages}  # in these the template writes it
-            count["bos_held"] += sum(item.bos_held > (item.row in chats) for item in marked)
-            count["specials_inside"] += sum(_holds_specials(item, chat) for item in block)
+            concerned["bos_held"] += [item.row for item in marked if item.bos_held > (item.row in chats)]
+            concerned["blank_answers"] += [item.row for item in marked if item.blank]
+            concerned["specials_inside"] += [item.row for item in block if _holds_specials(item, chat)]
             forms.update(item.form for item in block)
             ignored.update(name for item in block for name in item.ignored)
-            if progress:
-                progress(count["rows"])
+            if of.progress:
+                of.progress(count["rows"])
         problems.check()
         count["answers"] -= count["lost_answers"]
         store = writer.store()
+    count.update({name: len(concerned[name]) for name in ("bos_held", "specials_inside")})
     distinct = np.array(keys, dtype=np.uint64)
     count["duplicates"] = count.pop("usable", 0) - len(np.unique(distinct))
     return _Read(
@@ -172,8 +185,9 @@ def _read(
         count,
         forms,
         ignored,
-        np.array(lengths, dtype=np.int64),
+        lengths.lengths(),
         tuple(nothing),
+        {name: tuple(rows) for name, rows in concerned.items()},
     )
 
 
@@ -228,7 +242,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _report(settings: DataSettings, data: _Read, chat: ChatFormat) -> dict[str, Any]:
     """The fields of the report that the split does not decide."""
-    median, most = np.percentile(data.lengths, (50, 95)).astype(int).tolist()
+    median, most = np.percentile(data.lengths.tokens, (50, 95)).astype(int).tolist()
     return {
         "source": settings.data,
         "template": chat.name,
@@ -236,9 +250,10 @@ def _report(settings: DataSettings, data: _Read, chat: ChatFormat) -> dict[str, 
         "train_on": settings.train_on,
         "forms": dict(data.forms.most_common()),
         "ignored": tuple(name for name, number in data.ignored.items() if number == data.count["rows"]),
-        "lengths": (median, most, int(data.lengths.max())),
-        "tokens": int(data.lengths.sum()),
+        "lengths": (median, most, int(data.lengths.tokens.max())),
+        "tokens": int(data.lengths.tokens.sum()),
         "nothing_to_learn": data.nothing,
         "held_out_source": settings.eval_data or "",
+        "concerned": data.concerned,
         **data.count,
     }

@@ -1,5 +1,7 @@
 """The problems of single rows, gathered so that one error names them all."""
 
+from collections.abc import Mapping, Sequence
+
 from lamina.errors import DataError
 
 SHOWN = 10
@@ -9,9 +11,14 @@ ENOUGH = 1000
 
 
 class Problems:
-    """Collects what is wrong with rows while the rest is read on."""
+    """Collects what is wrong with rows while the rest is read on.
 
-    def __init__(self) -> None:
+    Args:
+        kept: the problems are left to the caller, who goes on with the other rows; ``check`` raises only after too many.
+    """
+
+    def __init__(self, kept: bool = False) -> None:
+        self.kept = kept
         self._places: dict[str, list[str]] = {}
         self._hints: dict[str, None] = {}
         self._count = 0
@@ -32,13 +39,23 @@ class Problems:
         if self._count >= ENOUGH:
             self.check(stopped=True)
 
+    @property
+    def places(self) -> Mapping[str, Sequence[str]]:
+        """Where each problem was found, in the order in which they were."""
+        return self._places
+
+    @property
+    def hints(self) -> str:
+        """The advice that several problems share."""
+        return "; ".join(self._hints)
+
     def check(self, stopped: bool = False) -> None:
         """Ends the reading when anything was found.
 
         Raises:
             DataError: one line with the first problems, each with its places, the number of the others, and the advice.
         """
-        if not self._places:
+        if not self._places or (self.kept and not stopped):
             return
         shown = list(self._places.items())[:SHOWN]
         parts = [f"{places[0]}: {problem}{_again(places)}" for problem, places in shown]

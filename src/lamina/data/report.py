@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass, field
 
-LISTED = 20
-"""Row numbers written out in a sentence; the record holds them all."""
-
 
 @dataclass(frozen=True)
 class DataReport:
@@ -24,6 +21,7 @@ class DataReport:
         lost_tokens, lost_targets: what that cost; ``cut_answers`` lost their end, ``lost_answers`` all of their text.
         nothing_to_learn: numbers of the rows that hold no target (or none after the cut): never trained on.
         duplicates: rows that repeat an earlier one; copies stand on the same side of the split.
+        concerned: numbers of the rows that a count is about, by its name: bos_held, blank_answers, specials_inside.
         held_out_copies: held-out rows left out because they also stand in training.
     """
 
@@ -55,9 +53,11 @@ class DataReport:
     held_out_copies: int = 0
     held_out_source: str = ""
     context: bool = False
+    concerned: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """The account in sentences, the most important first; nothing is said of what did not happen."""
+        """The account in sentences, the most important first; nothing is said of what did not happen, nor judged: that is the
+        doctor's affair."""
         forms = ", ".join(f"{name} ({_rows(number)})" for name, number in self.forms.items())
         said = [f"data: {self.source}, format {forms.replace('llama2-text (', 'llama2-text (already rendered; ')}"]
         if any(name not in ("text", "llama2-text") for name in self.forms):
@@ -70,8 +70,7 @@ class DataReport:
             f"a row has {median:,} (median), {most:,} (95th percentile), {longest:,} (longest)"
         )
         texts = "texts" if set(self.forms) == {"text"} else "answers"
-        blank = f"; {self.blank_answers:,} blank, not learnt" if self.blank_answers else ""
-        said.append(f"end token trained in {self.ended:,} of {self.answers:,} {texts}{blank}{self._endless()}")
+        said.append(f"end token trained in {self.ended:,} of {self.answers:,} {texts}")
         context = ", the model's context" if self.context else ""
         longer = f"longer than {self.max_length:,} tokens{context}"
         if self.long_rows:
@@ -82,15 +81,6 @@ class DataReport:
             )
         else:
             said.append(f"{longer}: no row")
-        if self.nothing_to_learn:
-            rows = ", ".join(map(str, self.nothing_to_learn[:LISTED]))
-            more = f" and {len(self.nothing_to_learn) - LISTED:,} more" if len(self.nothing_to_learn) > LISTED else ""
-            plural = "row" if len(self.nothing_to_learn) == 1 else "rows"
-            said.append(f"nothing to learn, never trained on: {plural} {rows}{more}")
-        if self.specials_inside:
-            said.append(
-                f"special tokens written inside messages: {_rows(self.specials_inside)}; the model reads them as such"
-            )
         if self.ignored:
             said.append(f"columns not used: {', '.join(self.ignored)}")
         if self.duplicates:
@@ -102,14 +92,6 @@ class DataReport:
         train = f"{_rows(self.train_rows, 'example')} to train on"
         said.append(f"split: {train}, {held}{copies}")
         return said
-
-    def _endless(self) -> str:
-        """What follows where not every answer teaches its end."""
-        if self.ended == self.answers:
-            return ""
-        if not self.ended:
-            return "; the model will not learn to stop"
-        return f"; {self.answers - self.ended:,} will not teach the model to stop"
 
     def _what(self) -> str:
         everything = self.train_on == "everything" or set(self.forms) == {"text"}

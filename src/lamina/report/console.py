@@ -165,6 +165,13 @@ class _Unheard(Console):
             os.dup2(nowhere.fileno(), self.file.fileno())
 
 
+def say(texts: Iterable[Text], stream: Stream) -> None:
+    """Prints texts, one after another, with their colours where the stream is a terminal."""
+    console = _console(stream)
+    for text in texts:
+        console.print(text, soft_wrap=True)
+
+
 def _console(stream: Stream, kind: type[Console] = _Piped) -> Console:
     """A console that never writes an escape sequence into anything but a terminal, whatever the environment says."""
     terminal = stream.isatty()

@@ -1,21 +1,16 @@
 """What a run says before its first step: the data as the model sees it, what is trained, at which rate."""
 
 import itertools
-import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lamina.adapter import AdaptedLinear, adapted
+from lamina.adapter import adapted
 from lamina.data.prepare import Prepared
 from lamina.data.render import show
 from lamina.model.decoder import Decoder
-from lamina.model.quantised import APPROXIMATE, form_of, quantised_of
+from lamina.model.quantised import APPROXIMATE, quantised_of
 from lamina.report.console import duration
 from lamina.training.loop import Training
-from lamina.training.optimizer import Shape, relative_update
-
-BF16_HALF_STEP = 2.0**-9
-"""Half the distance of neighbouring bf16 numbers, relative to the number."""
 
 
 def data_lines(data: Prepared, tokenizer: Any) -> Iterator[str]:
@@ -63,21 +58,6 @@ def training_lines(model: Decoder, name: str, training: Training, steps: int, ev
         f"training: {steps:,} steps of {training.batch_size} examples; learning rate {training.rate(model):.2e} "
         f"({training.schedule}{rule}); {watched}"
     )
-    found = statistics.median(
-        relative_update(steps, training.rate(model), training.schedule, training.warmup, shape_of(module))
-        for module in list(modules.values())[:: max(1, len(modules) // 28)]  # a layer's worth and more, of all depths
-    )
-    if found < BF16_HALF_STEP:
-        yield (
-            f"warning: these steps at this rate can change a weight by about {found:.1e} of itself; bf16 rounds at "
-            f"{BF16_HALF_STEP:.1e}: merged into bf16, most of the update will vanish; raise the learning rate, alpha or steps"
-        )
-
-
-def shape_of(module: AdaptedLinear) -> Shape:
-    """What decides how large the update of this matrix can get; W is judged by its first rows."""
-    weight = float(form_of(module.base).dense()[:64].float().square().mean().sqrt())
-    return Shape(module.scale, module.a.shape[0], module.a.shape[1], max(weight, 1e-12))
 
 
 def time_line(seconds: Mapping[str, float]) -> str:

@@ -128,7 +128,6 @@ def test_rows_with_nothing_to_learn(tmp_path: Path) -> None:
     found = run(write(tmp_path / "a.jsonl", rows), max_length=64)
     assert [example.row for example in found.train] == [1]
     assert found.report.nothing_to_learn == (2, 3, 4)
-    assert "nothing to learn, never trained on: rows 2, 3, 4" in found.report.lines()
     pack(list(found.train), 64)
 
 
@@ -215,9 +214,8 @@ def test_report_in_sentences(tmp_path: Path) -> None:
         f"tokens: {found.report.tokens}, of which {found.report.targets} are learnt (answers and their end tokens); "
         f"a row has {found.report.lengths[0]} (median), {found.report.lengths[1]} (95th percentile), "
         f"{found.report.lengths[2]} (longest)",
-        "end token trained in 2 of 3 answers; 1 blank, not learnt; 1 will not teach the model to stop",
+        "end token trained in 2 of 3 answers",
         "longer than 2,048 tokens: no row",
-        "special tokens written inside messages: 1 row; the model reads them as such",
         "columns not used: id",
         "split: 3 examples to train on, 0 rows held out".replace("0 rows", "0 examples"),
     ]
@@ -233,14 +231,9 @@ def test_report_of_text_and_of_much() -> None:
         rows=30,
         forms={"text": 30},
         answers=1,
-        nothing_to_learn=tuple(range(1, 31)),
     )
     said = "\n".join(report.lines())
-    assert (
-        "end token trained in 0 of 1 texts; the model will not learn to stop\n" in said
-        and "are learnt (everything)" in said
-    )
-    assert "rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20 and 10 more" in said
+    assert "end token trained in 0 of 1 texts\n" in said and "are learnt (everything)" in said
     assert "chat template" not in said
 
 

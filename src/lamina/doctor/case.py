@@ -1,0 +1,165 @@
+"""The case: everything that the rules judge by, gathered once.
+
+Most of the statistics were counted while the data were read (``DataReport``, ``Lengths``). What only the tokens tell is counted
+here in one pass over the stores of the run, which are in memory or in the page cache by then. What could not be read is empty:
+rules that count find nothing in it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina.data.lengths import Lengths
+from lamina.data.prepare import Prepared
+from lamina.data.render import Rendered
+from lamina.data.report import DataReport
+from lamina.data.templates import ChatFormat
+from lamina.job import Job
+from lamina.model.architecture import Architecture
+from lamina.planning import Planned
+
+_WHITE = {"<0x09>", "<0x0A>", "<0x0D>"}
+"""Bytes that Llama's tokenizer has no other token for, and that every text holds."""
+
+MANY_BYTES = 0.3
+"""Share of byte tokens above which a row is named: it is written in letters that the tokenizer does not know."""
+
+SAMPLED = 64
+"""Plain texts that are looked at for the marks of a dialogue."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the tokens of the training rows tell, and of the held-out rows against them.
+
+    Args:
+        tokens, learnt: of the training rows; ``byte`` are those that stand for a byte of a character without a token.
+        unknown_rows: rows that hold the token for what is unknown, ``byte_rows`` those with many byte tokens.
+        no_start_rows: rows that begin without the token that begins a text, ``double_start_rows`` with two of them.
+        repeats: training rows whose tokens stand in an earlier one.
+        shared_prompts: held-out rows whose prompt also stands in training.
+        texts: the beginnings of some rows that are learnt from their first token.
+    """
+
+    tokens: int = 0
+    learnt: int = 0
+    byte: int = 0
+    unknown: int = 0
+    unknown_rows: tuple[int, ...] = ()
+    byte_rows: tuple[int, ...] = ()
+    no_start_rows: tuple[int, ...] = ()
+    double_start_rows: tuple[int, ...] = ()
+    repeats: tuple[int, ...] = ()
+    shared_prompts: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job, and what is known of its base and its data.
+
+    Args:
+        architecture: None where the base's config cannot be read.
+        chat: how the tokenizer writes conversations; None where there is no tokenizer, or no such template.
+        report, lengths, counts: of the data; empty where they cannot be read.
+        ranks: the rank of each adapted linear by its path; empty where the adapter does not fit.
+        planned: the memory plan; None where there is none.
+    """
+
+    job: Job
+    architecture: Architecture | None = None
+    chat: ChatFormat | None = None
+    report: DataReport = field(default_factory=lambda: DataReport("", "", "truncate", 0, "answers"))
+    lengths: Lengths = field(default_factory=Lengths)
+    counts: Counts = field(default_factory=Counts)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    planned: Planned | None = None
+
+    @property
+    def steps(self) -> int:
+        """The optimiser steps of the run; 0 where the data could not be read."""
+        return self.job.train.total_steps(self.report.train_rows) if self.report.train_rows else 0
+
+    @property
+    def chats(self) -> int:
+        """Rows that the template writes."""
+        return sum(number for form, number in self.report.forms.items() if form not in ("text", "llama2-text"))
+
+    @property
+    def alpha(self) -> float:
+        """The alpha that the adapter amounts to, s·R: the median over its matrices; the job's, where they are not known."""
+        lora = self.job.adapter
+        return float(np.median([lora.scale_of(path) * rank for path, rank in self.ranks.items()] or [lora.alpha]))
+
+
+def count(data: Prepared, tokenizer: Any) -> Counts:
+    """Counts what the tokens tell, in one pass."""
+    of = _Tokens(tokenizer)
+    tokens = learnt = byte = unknown = 0
+    about: dict[str, list[int]] = {name: [] for name in ("unknown", "byte", "no start", "double start", "repeated")}
+    seen, prompts = set[bytes](), set[bytes]()
+    texts: list[str] = []
+    for row in data.train:
+        kinds = np.bincount(of.kinds[row.tokens], minlength=3)
+        tokens, learnt = tokens + len(row.tokens), learnt + int(np.count_nonzero(row.trained))
+        byte, unknown = byte + int(kinds[1]), unknown + int(kinds[2])
+        for name in of.about(row, kinds):
+            about[name].append(row.row)
+        if (content := row.tokens.tobytes()) in seen:
+            about["repeated"].append(row.row)
+        seen.add(content)
+        prompts.update(_prompt(row))
+        if row.trained[1:2].all() and len(texts) < SAMPLED:
+            texts.append(str(tokenizer.decode(row.tokens[:256].tolist())))
+    rows = {name: tuple(dict.fromkeys(numbers)) for name, numbers in about.items()}
+    return Counts(
+        tokens=tokens,
+        learnt=learnt,
+        byte=byte,
+        unknown=unknown,
+        unknown_rows=rows["unknown"],
+        byte_rows=rows["byte"],
+        no_start_rows=rows["no start"],
+        double_start_rows=rows["double start"],
+        repeats=rows["repeated"],
+        shared_prompts=tuple(row.row for row in data.held_out if not prompts.isdisjoint(_prompt(row))),
+        texts=tuple(texts),
+    )
+
+
+def _prompt(row: Rendered) -> Iterator[bytes]:
+    """The tokens before the first that is learnt, where they are more than a beginning."""
+    first = int(row.trained.argmax())
+    if first > 1:
+        yield row.tokens[:first].tobytes()
+
+
+class _Tokens:
+    """What the ids of a tokenizer stand for: 0 text, 1 a byte, 2 the unknown."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        names: Sequence[str] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.start: int | None = tokenizer.bos_token_id
+        self.kinds: NDArray[np.int64] = np.array([_is_byte(name) for name in names], dtype=np.int64)
+        if (unknown := tokenizer.unk_token_id) not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+            self.kinds[unknown] = 2
+
+    def about(self, row: Rendered, kinds: NDArray[np.int64]) -> Iterator[str]:
+        """What is to be said of a row."""
+        if kinds[2]:
+            yield "unknown"
+        if kinds[1] > MANY_BYTES * len(row.tokens):
+            yield "byte"
+        if self.start is not None:
+            begins = row.tokens[:2] == self.start
+            if not begins[0]:
+                yield "no start"
+            elif begins.all() and len(begins) == 2:
+                yield "double start"
+
+
+def _is_byte(name: str | None) -> bool:
+    return name is not None and len(name) == 6 and name.startswith("<0x") and name not in _WHITE

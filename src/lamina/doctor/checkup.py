@@ -1,0 +1,208 @@
+"""The examination: gathers the case, lets the rules judge it, and turns what is refused elsewhere into findings.
+
+``diagnose`` is for a run, which has read everything by itself: nothing is read twice. ``check`` reads what a run would read,
+up to the weights, and goes on after everything that a run would end at.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lamina.adapter import LoRA
+from lamina.data.lengths import Cut, Lengths
+from lamina.data.prepare import Prepared
+from lamina.data.problems import Problems
+from lamina.data.templates import chat_format
+from lamina.doctor import rules
+from lamina.doctor.case import Case, count
+from lamina.doctor.finding import Diagnosis, Finding
+from lamina.errors import ConfigError, DataError, Error, ModelError
+from lamina.job import Job, base_folder, prepare_data, shipped_path
+from lamina.job import check as refuse
+from lamina.model.architecture import read_config
+from lamina.model.tokenizer import load_tokenizer
+from lamina.model.weights import pick_device
+from lamina.planning import Planned, plan_run
+from lamina.training.plan import ranks_of
+
+LIMITS = (512, 1024, 2048, 4096)
+"""Lengths at which the table says what would be lost, beside the chosen one."""
+
+
+def diagnose(job: Job, base: Path, tokenizer: Any, data: Prepared, planned: Planned) -> Diagnosis:
+    """The diagnosis of a run that is about to begin, from what it has read."""
+    architecture = read_config(base)
+    case = Case(
+        job,
+        architecture,
+        chat_format(tokenizer, job.data.template),
+        data.report,
+        data.lengths,
+        count(data, tokenizer),
+        ranks_of(architecture, job.adapter),
+        planned,
+    )
+    return Diagnosis.of(rules.findings(case), table(data.lengths, data.report.max_length))
+
+
+def table(lengths: Lengths, chosen: int) -> Iterator[Cut]:
+    """What cutting the rows at the chosen length and at the usual ones would lose; only lengths that some row reaches."""
+    if len(lengths.tokens):
+        longest = int(lengths.tokens.max())
+        yield from (lengths.cut_at(limit) for limit in sorted({chosen, *LIMITS}) if limit < longest or limit == chosen)
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What ``check`` found, and the data and tokenizer that it read, where it could."""
+
+    diagnosis: Diagnosis
+    data: Prepared | None
+    tokenizer: Any | None
+
+
+def check(job: Job) -> Checkup:
+    """Examines a job: its settings, its base's config and tokenizer, its data and the memory plan; no weights."""
+    at = _Examination(job)
+    at.base()
+    at.settings()
+    at.read()
+    at.plan()
+    chosen = at.case.report.max_length
+    found = Diagnosis.of([*at.refused, *rules.findings(at.case)], table(at.case.lengths, chosen))
+    return Checkup(found, at.data, at.tokenizer)
+
+
+@dataclass
+class _Examination:
+    """A case as it is gathered, and what was refused on the way."""
+
+    job: Job
+    refused: list[Finding] = field(default_factory=list)
+    folder: Path | None = None
+    tokenizer: Any | None = None
+    data: Prepared | None = None
+
+    def __post_init__(self) -> None:
+        self.case = Case(self.job)
+
+    def refuse(self, rule: str, error: Error | str, mend: str = "") -> None:
+        """Notes what a run would end at; the message's last part is its way out."""
+        found, _, advice = str(error).rpartition("; ")
+        self.refused.append(
+            Finding(
+                rule,
+                "error",
+                found or str(error),
+                "the run would be refused",
+                mend or (advice if found else "see what was expected"),
+            )
+        )
+
+    def know(self, **parts: Any) -> None:
+        """Adds parts to the case."""
+        self.case = replace(self.case, **parts)
+
+    def base(self) -> None:
+        """The base's folder, its config, its tokenizer."""
+        try:
+            self.folder = base_folder(self.job.model)
+            self.know(architecture=read_config(self.folder))
+        except Error as error:
+            self.refuse("base", error)
+        if self.folder:
+            try:
+                self.tokenizer = load_tokenizer(self.folder)
+                self.know(chat=chat_format(self.tokenizer, self.job.data.template))
+            except DataError as error:
+                self.refuse("template", error)
+                self.job = replace(self.job, data=replace(self.job.data, template=None))
+            except ModelError as error:
+                self.refuse("tokenizer", error)
+
+    def settings(self) -> None:
+        """What the settings alone, or with the base's config, make impossible."""
+        try:
+            pick_device(self.job.model.device)
+        except ConfigError as error:
+            self.refuse("device", error)
+            self.job = replace(self.job, model=replace(self.job.model, device="auto"))
+        if self.folder and (architecture := self.case.architecture):
+            try:
+                self.know(ranks=ranks_of(architecture, self.job.adapter))
+            except ConfigError as error:
+                self.refuse("targets", error)
+            try:
+                refuse(replace(self.job, adapter=LoRA(rank=1)), self.folder)
+            except ConfigError as error:
+                self.refuse("checkpoint-layers", error)
+                self.job = replace(self.job, train=replace(self.job.train, checkpoint_layers=None))
+        job = self.job
+        if job.watch.patience and job.data.eval_fraction == 0 and job.data.eval_data is None:
+            self.refuse(
+                "patience",
+                "patience counts evaluations, but nothing is held out",
+                "--eval-fraction 0.05, or --patience none",
+            )
+        if job.head.out and (out := Path(job.head.out)).exists() and not (out.is_dir() and not any(out.iterdir())):
+            self.refuse("out", f"{out} is there already, and not an empty folder", "another --out, or none")
+        neutral = job.evaluate.neutral
+        if neutral is not None and not shipped_path(neutral).is_file():
+            self.refuse(
+                "neutral",
+                f"{neutral}: no such file; its perplexity would be missed at the end of the run",
+                "check --neutral",
+            )
+        self.know(job=self.job)
+
+    def read(self) -> None:
+        """The data, with what is wrong in single rows left out."""
+        if self.folder is None or self.tokenizer is None or self.case.architecture is None:
+            return
+        problems = Problems(kept=True)
+        try:
+            self.data = self._prepared(self.folder, problems)
+        except ModelError as error:
+            self.refuse("tokenizer", error)
+        except DataError as error:
+            if not problems.places:
+                self.refuse("data", error)
+        self.refused += _refused_rows(problems, self.job.data.data)
+        if self.data:
+            report, lengths, counts = self.data.report, self.data.lengths, count(self.data, self.tokenizer)
+            self.know(job=self.job, report=report, lengths=lengths, counts=counts)
+
+    def _prepared(self, folder: Path, problems: Problems) -> Prepared:
+        try:
+            return prepare_data(self.job, folder, self.tokenizer, problems)
+        except ConfigError as error:
+            self.refuse("max-length", error)
+            self.job = replace(self.job, data=replace(self.job.data, max_length=None))
+            return prepare_data(self.job, folder, self.tokenizer, problems)
+
+    def plan(self) -> None:
+        """The memory."""
+        if self.folder and self.data and self.case.ranks:
+            try:
+                self.know(planned=plan_run(self.job, self.folder, self.data, timed=False))
+            except Error as error:
+                self.refuse("weights", error)
+
+
+def _refused_rows(problems: Problems, data: str) -> Iterator[Finding]:
+    """One finding for each kind of problem that single rows have."""
+    for problem, places in problems.places.items():
+        numbers = (re.search(r"\d+$", place) for place in places)
+        template = problem.startswith("the template ")
+        yield Finding(
+            "template-refuses-rows" if template else "broken-rows",
+            "error",
+            f"{len(places):,} of the rows of {data}: {problem}",
+            "the run would be refused: a row that is left out in silence is one that nobody misses",
+            "choose another --template, or mend the rows"
+            if template
+            else problems.hints or "mend or remove these rows",
+            tuple(int(number[0]) for number in numbers if number),
+        )
