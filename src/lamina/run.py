@@ -6,8 +6,9 @@ close with the card. What happens between two steps (evaluation, saving, stoppin
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,11 +18,12 @@ from lamina.adapter import adapted, attach
 from lamina.adapter_files import fingerprint, save_adapter
 from lamina.data.prepare import Prepared
 from lamina.errors import ConfigError, Error, TrainingError
-from lamina.evaluation import evaluate
+from lamina.evaluation import Answers, answers, evaluate
 from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, read_job, settings_fingerprint
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import pick_device
+from lamina.observing import Observing
 from lamina.opened import Opened, card_of, measured, open_run, stops
 from lamina.planning import Planned, compared, plan_run
 from lamina.report.opening import data_lines, training_lines
@@ -142,11 +144,13 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
     run = _Run(job, folder, base, model, data, start(model, job.train), show)
     for line in training_lines(model, job.model.model, job.train, run.steps, run.every if len(data.held_out) else None):
         show.line(line)
+    stop, watch = stops(base, tokenizer, job.data.template), job.watch
+    ask = partial(answers, model, data.held_out, tokenizer, stop, watch.samples, watch.sample_tokens)
     with memory_told():
-        run.train(resuming, planned)
+        run.train(resuming, planned, ask)
         measured_peak = meter.peak()
         show.line(compared(planned, measured_peak))
-        card = measured(model, tokenizer, stops(base, tokenizer, job.data.template), data, job)
+        card = measured(model, tokenizer, stop, data, job)
     memory = {"planned": planned.as_json(), "measured_bytes": measured_peak}
     write_json(folder / "card.json", _about(job, model, folder) | {"memory": memory} | card.as_json())
     return Result(folder, card)
@@ -171,12 +175,18 @@ class _Run:
             "settings": settings_fingerprint(job, CHANGEABLE),
         }
 
-    def train(self, resuming: bool, planned: Planned) -> None:
-        """Trains to the end, from the beginning or from the saved state."""
+    def train(self, resuming: bool, planned: Planned, ask: Callable[[], Answers | None]) -> None:
+        """Trains to the end, from the beginning or from the saved state; ``ask`` answers the sample prompts."""
         if resuming:
             self.progress = load_state(self.folder, self.model, self.state, self.origin)
             self.show.line(f"resuming {self.folder} after step {self.state.step} of {self.steps}")
-        with Record(self.folder, after=self.state.step if resuming else None) as record:
+        after = self.state.step if resuming else None
+        with (
+            Record(self.folder, after) as record,
+            Observing(
+                self.folder, self.job, self.model, self.state, record, ask, self.show.line, after
+            ) as self.observing,
+        ):
             self.show.start(self.steps, self.state.step)
             if not resuming:
                 self.before_first_step(record, planned)
@@ -192,6 +202,7 @@ class _Run:
         steps = train(self.model, self.data.train, self.job.train, self.state, self.job.head.seed)
         for step in () if self.progress.out_of(patience) else steps:
             record.step(step)
+            self.observing.step(step)
             self.show.step(step)
             last = step.step == self.steps
             if step.step % self.every == 0 or last:
@@ -229,6 +240,7 @@ class _Run:
             )
         record.evaluation(self.state.step, found.loss, found.tokens)
         self.show.evaluation(self.state.step, found.loss)
+        self.observing.evaluation()
         if self.state.step:
             self.progress = self.progress.after(self.state.step, found.loss)
             if self.progress.best_step == self.state.step:
@@ -237,6 +249,7 @@ class _Run:
     def save(self) -> None:
         """Saves the adapter as it is, and everything that decides the next step."""
         self.save_adapter("adapter")
+        self.observing.save()
         save_state(self.folder, self.model, self.state, self.progress, self.origin)
 
     def save_adapter(self, name: str) -> None:

@@ -16,7 +16,6 @@ device before the loop reads its loss there, and comes to the host as one small 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,7 @@ def weight_norms(model: Decoder) -> Tensor:
 
 
 class Observer:
-    """Watches the optimiser of a run and measures what its steps do; a context, at whose end it lets go.
+    """Watches the optimiser of a run and measures what its steps do, until it is closed.
 
     Args:
         every: measure the steps that this divides.
@@ -91,12 +90,8 @@ class Observer:
             optimizer.register_step_post_hook(self._measure),
         ]
 
-    def __enter__(self) -> "Observer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Lets go of the optimiser."""
         for hook in self._hooks:
             hook.remove()
 
