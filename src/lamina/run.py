@@ -147,12 +147,12 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
     stop, watch = stops(base, tokenizer, job.data.template), job.watch
     ask = partial(answers, model, data.held_out, tokenizer, stop, watch.samples, watch.sample_tokens)
     with memory_told():
-        run.train(resuming, planned, ask)
+        notes = run.train(resuming, planned, ask)
         measured_peak = meter.peak()
         show.line(compared(planned, measured_peak))
         card = measured(model, tokenizer, stop, data, job)
-    memory = {"planned": planned.as_json(), "measured_bytes": measured_peak}
-    write_json(folder / "card.json", _about(job, model, folder) | {"memory": memory} | card.as_json())
+    more = {"memory": {"planned": planned.as_json(), "measured_bytes": measured_peak}, "ledger_notes": notes}
+    write_json(folder / "card.json", _about(job, model, folder) | more | card.as_json())
     return Result(folder, card)
 
 
@@ -175,8 +175,13 @@ class _Run:
             "settings": settings_fingerprint(job, CHANGEABLE),
         }
 
-    def train(self, resuming: bool, planned: Planned, ask: Callable[[], Answers | None]) -> None:
-        """Trains to the end, from the beginning or from the saved state; ``ask`` answers the sample prompts."""
+    def train(self, resuming: bool, planned: Planned, ask: Callable[[], Answers | None]) -> list[str]:
+        """Trains to the end, from the beginning or from the saved state, and returns what the ledger says in words.
+
+        Args:
+            ask: answers the sample prompts with the model as it is; None where there are none.
+        """
+        self.ask, lengths = ask, self.data.train.lengths
         if resuming:
             self.progress = load_state(self.folder, self.model, self.state, self.origin)
             self.show.line(f"resuming {self.folder} after step {self.state.step} of {self.steps}")
@@ -184,7 +189,7 @@ class _Run:
         with (
             Record(self.folder, after) as record,
             Observing(
-                self.folder, self.job, self.model, self.state, record, ask, self.show.line, after
+                self.folder, self.job, self.model, self.state, lengths, record, self.show.line, after
             ) as self.observing,
         ):
             self.show.start(self.steps, self.state.step)
@@ -195,6 +200,7 @@ class _Run:
         if self.progress.best_loss is not None:
             best = f"best held-out loss {self.progress.best_loss:.4f}, at step {self.progress.best_step}"
             self.show.line(f"{best}: {self.folder / 'best'}")
+        return self.observing.notes
 
     def steps_to_the_end(self, record: Record, interrupts: Interrupts) -> None:
         """The loop: what happens between two steps, in order."""
@@ -240,7 +246,7 @@ class _Run:
             )
         record.evaluation(self.state.step, found.loss, found.tokens)
         self.show.evaluation(self.state.step, found.loss)
-        self.observing.evaluation()
+        self.observing.evaluation(self.ask())
         if self.state.step:
             self.progress = self.progress.after(self.state.step, found.loss)
             if self.progress.best_step == self.state.step:

@@ -104,18 +104,25 @@ def read_ledger(run: Path) -> History | None:
 
 
 def _table(rows: list[Row], places: tuple[Place, ...]) -> Any:
+    """The rows as Arrow has them, made of buffers: its conversions import pandas, 45 MB for nothing."""
     import pyarrow
 
+    def array(values: NDArray[Any], kind: Any) -> Any:
+        return pyarrow.Array.from_buffers(kind, values.size, [None, pyarrow.py_buffer(np.ascontiguousarray(values))])
+
     modules = list(dict.fromkeys(place.module for place in places))
+    ends = np.cumsum([0, *map(len, modules)], dtype=np.int32)
+    words = pyarrow.StringArray.from_buffers(
+        len(modules), pyarrow.py_buffer(ends), pyarrow.py_buffer("".join(modules).encode("ascii"))
+    )
     index = np.array([modules.index(place.module) for place in places], dtype=np.int16)
     layer = np.array([place.layer for place in places], dtype=np.int16)
     step = np.array([row.step for row in rows], dtype=np.int32)
     values = np.stack([row.values for row in rows], axis=1)  # [len(COLUMNS), S, M]
-    return pyarrow.table(
-        {
-            "step": np.repeat(step, len(places)),
-            "layer": np.tile(layer, len(rows)),
-            "module": pyarrow.DictionaryArray.from_arrays(np.tile(index, len(rows)), modules),
-        }
-        | {name: column.reshape(-1) for name, column in zip(COLUMNS, values, strict=True)}
-    )
+    columns = {
+        "step": array(np.repeat(step, len(places)), pyarrow.int32()),
+        "layer": array(np.tile(layer, len(rows)), pyarrow.int16()),
+        "module": pyarrow.DictionaryArray.from_arrays(array(np.tile(index, len(rows)), pyarrow.int16()), words),
+    }
+    columns |= {name: array(column, pyarrow.float32()) for name, column in zip(COLUMNS, values, strict=True)}
+    return pyarrow.Table.from_arrays(list(columns.values()), names=list(columns))
