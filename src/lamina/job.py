@@ -42,6 +42,15 @@ class Watching:
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many evaluations without a better one; unset: never."""
 
+    ledger_every: Annotated[int, Field(ge=0)] = 1
+    """Steps between entries of the ledger, which says of every adapted matrix how large it is and how it moves; 0: none."""
+
+    samples: Annotated[int, Field(ge=0)] = 2
+    """Held-out prompts that are answered (greedily) at every evaluation, so that one sees the answers change; 0: none."""
+
+    sample_tokens: Annotated[int, Field(ge=1)] = 32
+    """Tokens of such an answer at most."""
+
 
 SECTIONS: dict[str, type] = {
     "model": ModelSettings,

@@ -6,8 +6,9 @@ close with the card. What happens between two steps (evaluation, saving, stoppin
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,11 +18,12 @@ from lamina.adapter_files import fingerprint, save_adapter
 from lamina.data.prepare import Prepared
 from lamina.doctor.checkup import diagnose
 from lamina.errors import ConfigError, Error, TrainingError
-from lamina.evaluation import Scores, score
+from lamina.evaluation import Answers, Scores, answers, score
 from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, read_job, settings_fingerprint
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import pick_device
+from lamina.observing import Observing
 from lamina.opened import Opened, card_of, measured, open_run, stops
 from lamina.planning import Planned, compared, plan_run
 from lamina.report.about import about
@@ -152,17 +154,18 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
     run = _Run(job, folder, base, model, data, start(model, job.train), show, watch)
     for line in training_lines(model, job.model.model, job.train, run.steps, run.every if len(data.held_out) else None):
         show.line(line)
+    stop = stops(base, tokenizer, job.data.template)
+    ask = partial(answers, model, data.held_out, tokenizer, stop, job.watch.samples, job.watch.sample_tokens)
     with memory_told():
-        run.train(resuming, planned)
+        notes = run.train(resuming, planned, ask)
         measured_peak = meter.peak()
         show.line(compared(planned, measured_peak))
         with watch("card"):
-            asked = Asked(model, tokenizer, stops(base, tokenizer, job.data.template))
-            card = measured(asked, data, job, run.base_scores, run.last_scores)
+            card = measured(Asked(model, tokenizer, stop), data, job, run.base_scores, run.last_scores)
     show.line(time_line(watch.seconds))
     told = about(job, model, folder) | {"held_out_fingerprint": data.held_out.fingerprint, "seconds": watch.seconds}
-    memory = {"planned": planned.as_json(), "measured_bytes": measured_peak}
-    write_json(folder / "card.json", told | {"memory": memory} | card.as_json())
+    more = {"memory": {"planned": planned.as_json(), "measured_bytes": measured_peak}, "ledger_notes": notes}
+    write_json(folder / "card.json", told | more | card.as_json())
     return Result(folder, card)
 
 
@@ -196,13 +199,24 @@ class _Run:
             "settings": settings_fingerprint(job, CHANGEABLE),
         }
 
-    def train(self, resuming: bool, planned: Planned) -> None:
-        """Trains to the end, from the beginning or from the saved state."""
+    def train(self, resuming: bool, planned: Planned, ask: Callable[[], Answers | None]) -> list[str]:
+        """Trains to the end, from the beginning or from the saved state, and returns what the ledger says in words.
+
+        Args:
+            ask: answers the sample prompts with the model as it is; None where there are none.
+        """
+        self.ask, lengths = ask, self.data.train.lengths
         if resuming:
             self.progress = load_state(self.folder, self.model, self.state, self.origin)
             self.watch.add(self.progress.seconds)
             self.show.line(f"resuming {self.folder} after step {self.state.step} of {self.steps}")
-        with Record(self.folder, after=self.state.step if resuming else None) as record:
+        after = self.state.step if resuming else None
+        with (
+            Record(self.folder, after) as record,
+            Observing(
+                self.folder, self.job, self.model, self.state, lengths, record, self.show.line, after
+            ) as self.observing,
+        ):
             self.show.start(self.steps, self.state.step)
             if not resuming:
                 self.before_first_step(record, planned)
@@ -211,6 +225,7 @@ class _Run:
         if self.progress.best_loss is not None:
             best = f"best held-out loss {self.progress.best_loss:.4f}, at step {self.progress.best_step}"
             self.show.line(f"{best}: {self.folder / 'best'}")
+        return self.observing.notes
 
     def steps_to_the_end(self, record: Record, interrupts: Interrupts) -> None:
         """The loop: what happens between two steps, in order."""
@@ -218,6 +233,7 @@ class _Run:
         steps = train(self.model, self.data.train, self.job.train, self.state, self.job.head.seed)
         for step in () if self.progress.out_of(patience) else steps:
             record.step(step)
+            self.observing.step(step)
             self.show.step(step)
             last = step.step == self.steps
             if step.step % self.every == 0 or last:
@@ -261,6 +277,7 @@ class _Run:
             )
         record.evaluation(self.state.step, found.loss, found.tokens)
         self.show.evaluation(self.state.step, found.loss)
+        self.observing.evaluation(self.ask())
         if not self.state.step:
             self.base_scores = scores
         else:
@@ -272,6 +289,7 @@ class _Run:
     def save(self) -> None:
         """Saves the adapter as it is, and everything that decides the next step."""
         self.save_adapter("adapter")
+        self.observing.save()
         self.save_state()
 
     def save_state(self) -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     {"training", "generation", "evaluation", "neutral"},
     {"understand"},
     {"settings", "jobfile", "jobs", "job", "report"},
-    {"opened", "policies", "merging", "explaining", "comparing", "ways_out", "planning", "doctor", "run"},
+    {"opened", "policies", "merging", "explaining", "comparing", "ways_out", "planning", "doctor", "observing", "run"},
     {"cli", "commands", "__main__"},
     {""},  # lamina/__init__.py, the public surface
 )

@@ -131,10 +131,15 @@ class Examples(Protocol):
 
 @dataclass
 class State:
-    """What changes from step to step beside the adapter itself: how many steps are done, and AdamW's moments."""
+    """What changes from step to step beside the adapter itself: how many steps are done, and AdamW's moments.
+
+    Attributes:
+        grad_norms: of each parameter, before clipping, in the optimiser's order; of the step that is under way or was last.
+    """
 
     step: int
     optimizer: torch.optim.Optimizer
+    grad_norms: Tensor | None = None
 
 
 def start(model: Decoder, training: Training) -> State:
@@ -170,7 +175,8 @@ def train(model: Decoder, examples: Examples, training: Training, state: State, 
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(supervised)  # the one division
-        norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+        state.grad_norms = _norms(parameters)
+        norm = torch.linalg.vector_norm(state.grad_norms)
 
         refuse_non_finite(model, loss, norm, batches, state.step + 1)
         if state.step == 0:
@@ -200,6 +206,12 @@ def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     )
     loss.backward()
     return loss.detach()
+
+
+def _norms(parameters: list[nn.Parameter]) -> Tensor:
+    """The norm of each gradient, [P]; of none it is 0. ``nn.utils.get_total_norm`` would keep the norm of them all only."""
+    gradients = [parameter.new_zeros(()) if parameter.grad is None else parameter.grad for parameter in parameters]
+    return torch.stack(torch._foreach_norm(gradients))
 
 
 def rehearse(model: Decoder, batch: Batch, training: Training) -> None:
