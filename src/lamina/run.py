@@ -18,7 +18,17 @@ from lamina.adapter_files import fingerprint, save_adapter
 from lamina.data.prepare import Prepared
 from lamina.errors import ConfigError, Error, TrainingError
 from lamina.evaluation import evaluate
-from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, read_job, settings_fingerprint
+from lamina.job import (
+    SECTIONS,
+    Job,
+    base_folder,
+    check,
+    new_folder,
+    order_of,
+    prepare_data,
+    read_job,
+    settings_fingerprint,
+)
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import pick_device
@@ -125,6 +135,8 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
     data = prepare_data(job, base, tokenizer)
     for line in data_lines(data, tokenizer):
         show.line(line)
+    if job.faults.commit:
+        show.line(job.faults.line())
     if job.watch.patience and not len(data.held_out):
         raise ConfigError("watch.patience: counts evaluations, but nothing is held out; set eval_fraction or eval_data")
     planned = plan_run(job, base, data)
@@ -189,7 +201,8 @@ class _Run:
     def steps_to_the_end(self, record: Record, interrupts: Interrupts) -> None:
         """The loop: what happens between two steps, in order."""
         patience = self.job.watch.patience
-        steps = train(self.model, self.data.train, self.job.train, self.state, self.job.head.seed)
+        order = order_of(self.job, self.data.train.lengths)
+        steps = train(self.model, self.data.train, self.job.train, self.state, self.job.head.seed, order)
         for step in () if self.progress.out_of(patience) else steps:
             record.step(step)
             self.show.step(step)
