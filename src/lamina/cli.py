@@ -21,6 +21,7 @@ COMMANDS = {
     "init": "print a complete, commented job.toml",
     "plan": "say what a job will need: memory item by item, and time",
     "train": "fine-tune: train JOB, or train --model M --data D; train --resume RUN goes on",
+    "replay": "run a reference job again with its faults, one by one: replay A, B or C",
     "eval": "measure a run on its held-out rows, the base beside the adapter",
     "explain": "say what an adapter is: its size, its rank, where it sits, which rank would have done",
     "generate": "answer a file of prompts with a run or a model",

@@ -74,8 +74,11 @@ class Result:
     card: Card
 
 
-def fine_tune(job: Job, show: Show | None = None) -> Result:
+def fine_tune(job: Job, show: Show | None = None, loaded: Decoder | None = None) -> Result:
     """Runs a job in a new folder.
+
+    Args:
+        loaded: the job's base without an adapter, where it is in memory already; it keeps the trained adapter.
 
     Raises:
         Error: whatever of the job, its model or its data is wrong, in one line; nothing of an earlier run is lost.
@@ -85,7 +88,7 @@ def fine_tune(job: Job, show: Show | None = None) -> Result:
     with locked(folder):
         try:
             write_text(folder / "job.toml", jobfile.dump(job.sections()))
-            return _go(job, folder, show or Silent(), resuming=False)
+            return _go(job, folder, show or Silent(), resuming=False, loaded=loaded)
         except (Error, KeyboardInterrupt) as error:
             if (folder / "state").exists():
                 raise _with_the_way_on(error, folder) from None
@@ -95,11 +98,17 @@ def fine_tune(job: Job, show: Show | None = None) -> Result:
             raise
 
 
-def resume(folder: Path, changes: Mapping[str, Any] | None = None, show: Show | None = None) -> Result:
+def resume(
+    folder: Path,
+    changes: Mapping[str, Any] | None = None,
+    show: Show | None = None,
+    loaded: Decoder | None = None,
+) -> Result:
     """Goes on with a run exactly where its last saved state stands.
 
     Args:
         changes: other values for settings named in ``CHANGEABLE``.
+        loaded: as for ``fine_tune``.
 
     Raises:
         CheckpointError: no run there, one in use, or one whose data, base or version is another.
@@ -111,7 +120,7 @@ def resume(folder: Path, changes: Mapping[str, Any] | None = None, show: Show | 
         job = replace(job, **{part: replace(section, **own)})
     with locked(folder):
         try:
-            return _go(job, folder, show or Silent(), resuming=has_state(folder))
+            return _go(job, folder, show or Silent(), resuming=has_state(folder), loaded=loaded)
         except KeyboardInterrupt as interrupt:
             raise _with_the_way_on(interrupt, folder) from None
 
@@ -128,7 +137,7 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(child) if child.is_dir() else child.unlink()
 
 
-def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
+def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | None) -> Result:
     base = base_folder(job.model)
     check(job, base)
     tokenizer = load_tokenizer(base)
@@ -149,7 +158,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
     )  # with what was chosen: resumed, it is cut in the same way
     meter = Meter(pick_device(job.model.device))
     with memory_told():
-        model = job.model.load(base)
+        model = loaded or job.model.load(base)
     attach(model, job.adapter, job.head.seed)
     run = _Run(job, folder, base, model, data, start(model, job.train), show)
     for line in training_lines(model, job.model.model, job.train, run.steps, run.every if len(data.held_out) else None):
