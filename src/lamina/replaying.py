@@ -62,7 +62,7 @@ def replay(letter: str, mended: Job, faithful: Job, show: Show | None = None) ->
         mended, faithful: as ``variants.pair`` makes them.
 
     Raises:
-        Error: whatever of the job, its model or its data is wrong, in one line.
+        Error: whatever of the job, its model or its data is wrong, or nothing is held out.
     """
     check(mended, base_folder(mended.model))
     folder = new_folder(mended.head)
@@ -104,11 +104,6 @@ class _Replay:
         self.tokenizer = load_tokenizer(self.base)
         self.stop = stops(self.base, self.tokenizer, mended.data.template)
         self.data = prepare_data(mended, self.base, self.tokenizer)
-        if not len(self.data.held_out):
-            raise ConfigError(
-                "a replay measures every variant on the same held-out rows, and nothing is held out; set eval_fraction above 0, or "
-                "name eval_data"
-            )
         free = (
             available(pick_device(mended.model.device)) / 2**30
         )  # before the base is there: every plan counts it itself
@@ -230,6 +225,11 @@ def _own_rows(mended: Job, faithful: Job, folder: Path) -> tuple[Job, Job]:
         return mended, faithful
     base = base_folder(mended.model)
     data = prepare_data(mended, base, load_tokenizer(base))
+    if not len(data.held_out):
+        raise ConfigError(
+            "a replay measures every variant on the same held-out rows, and nothing is held out; set eval_fraction above 0, or name "
+            "eval_data"
+        )
     source = shipped(mended.data)
     files = {"data": folder / "train.jsonl", "eval_data": folder / "held_out.jsonl"}
     held, kept = set(data.held_out.rows.tolist()), set(data.train.rows.tolist())
