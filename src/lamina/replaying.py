@@ -25,7 +25,7 @@ from lamina.adapter import adapted, detach
 from lamina.adapter_files import load_adapter
 from lamina.data.examples import Example, read_examples
 from lamina.data.prepare import Prepared
-from lamina.errors import CheckpointError, ConfigError, Error
+from lamina.errors import CheckpointError, ConfigError, DataError, Error, TrainingError
 from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, shipped
 from lamina.merging import merge
 from lamina.model.decoder import Decoder
@@ -44,6 +44,8 @@ from lamina.variants import Variant, variants
 VERSION = 1
 ROWS = 256
 """Held-out rows that every variant is measured on, the first of them, at most."""
+
+_READABLE = 20  # steps below which a curve has no shape
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,9 @@ class _Replay:
         self.tokenizer = load_tokenizer(self.base)
         self.stop = stops(self.base, self.tokenizer, mended.data.template)
         self.data = prepare_data(mended, self.base, self.tokenizer)
-        free = (
-            available(pick_device(mended.model.device)) / 2**30
-        )  # before the base is there: every plan counts it itself
-        self.memory_gib = mended.train.memory_gib or max(0.01, round(free, 2))
+        # What is free before the base is there: every variant's plan counts the base itself.
+        free = round(available(pick_device(mended.model.device)) / 2**30, 2)
+        self.memory_gib = mended.train.memory_gib or max(0.01, free)
 
     def go(self, every: list[Variant]) -> None:
         """Runs what is not finished, and writes the record after each."""
@@ -130,7 +131,7 @@ class _Replay:
             f"Reference job {self.letter}, on {self.mended.model.model} and {self.mended.data.data}. Every variant is the mended job "
             "with one thing as the original has it; all are measured on the same "
             f"{min(ROWS, len(self.data.held_out))} held-out rows in the mended form. Differences that are named go beyond the chance "
-            "of which rows are held out (95 %, paired); another seed of the training was not tried."
+            "of which rows are held out (95 %, paired), and beyond what another seed did to the mended job."
         ]
 
     def add(self, entry: Entry) -> None:
@@ -150,7 +151,7 @@ class _Replay:
                 if variant.kind == "asked":
                     return self.asked(variant, model)
                 return self.trained(variant, model)
-        except Error as error:
+        except (ConfigError, DataError, TrainingError) as error:
             if variant.name == "mended":
                 raise
             return Entry(variant.name, variant.what, reason=f"did not finish: {error}")
@@ -255,16 +256,22 @@ def _as_row(example: Example) -> dict[str, Any]:
 
 
 def _facts(records: list[dict[str, Any]]) -> dict[str, float]:
-    """What the record of a run says of its training: how much it learnt from, and whether its loss can be read."""
+    """What the record of a run says of its training: how much it learnt from, and whether its loss can be read.
+
+    ``waves`` is the correlation of the losses of neighbouring steps around their trend (a parabola, from the first quarter on): near
+    zero where batches are drawn at random, for then only the trend connects them.
+    """
     steps = [record for record in records if "loss" in record]
-    later = steps[len(steps) // 2 :]  # by then the loss falls slowly, and what moves it from step to step is the batch
-    loss, size = (np.array([step[name] for step in later], dtype=float) for name in ("loss", "tokens"))
-    varied = len(later) > 2 and loss.std() > 0 and size.std() > 0
+    loss = np.array([step["loss"] for step in steps[len(steps) // 4 :]])
+    waves = 0.0
+    if len(loss) > _READABLE:
+        place = np.arange(len(loss))
+        around = loss - np.polyval(np.polyfit(place, loss, 2), place)
+        waves = float(np.corrcoef(around[1:], around[:-1])[0, 1])
     return {
         "steps": len(steps),
         "supervised_tokens": sum(step["supervised_tokens"] for step in steps),
-        "jump": float(np.abs(np.diff(loss)).mean()) if len(later) > 1 else 0.0,
-        "follows_length": float(np.corrcoef(loss, size)[0, 1]) if varied else 0.0,
+        "waves": waves,
     }
 
 

@@ -98,6 +98,8 @@ def _rate(rate: float, job: Job) -> float:
 def variants(mended: Job, faithful: Job) -> Iterator[Variant]:
     """All rows of a replay, the mended job first: others are compared with it, and some use its adapter."""
     yield Variant("mended", "as it should have been", job=mended)
+    seed = replace(mended.head, seed=mended.head.seed + 1)
+    yield Variant("other-seed", "mended, with another seed: what chance does", job=replace(mended, head=seed))
     in_use = tuple(
         fault for fault in faithful.faults.commit if fault != "no-template"
     )  # the measure is the same for all

@@ -1,6 +1,6 @@
 """What a replay found, as a table, as sentences made from its numbers, and as a page."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ _NAMES = {
     "kl": "the distance from the base (KL)",
 }
 _PLURAL = ("stop_rate", "exact_match")
-_SLIGHT = 0.02  # of a loss or KL, relative: below it a difference is not worth a sentence, however sure
+_SLIGHT = 0.02  # of the tokens that are learnt, relative: below it a difference is not worth a word
+_WAVES = 0.3  # of a correlation: some 250 steps at random stay within 0.13 of zero
 _FADING = 0.9  # share of the update that is left after rounding, below which it is told
 
 
@@ -75,30 +76,31 @@ def _shown(measure: str, value: float | None) -> str:
     return f"{value:.1f}" if measure == "mean_tokens" else f"{value:.4f}"
 
 
-def sentence(entry: Entry, mended: Entry) -> str:
-    """What a variant did, made from its numbers: what differs from the mended job beyond the chance of the held-out rows."""
+def sentence(entry: Entry, entries: Sequence[Entry]) -> str:
+    """What a variant did, made from its numbers: what differs from the mended job beyond chance.
+
+    Chance is that of the held-out rows, a 95 % interval of the paired differences, and that of the training: what another seed did to the
+    mended job.
+    """
+    mended, chance = (next((one for one in entries if one.name == name), None) for name in ("mended", "other-seed"))
     if entry.reason:
         return entry.reason
     if entry.outcome is None:
         return _merged(entry.facts)
-    assert mended.outcome is not None, "it is measured first"
-    if entry.name == "base":
-        return f"before any training {_NAMES['loss']} is {entry.outcome.loss:.4f}"
-    if entry.name == mended.name:
-        return f"{_NAMES['loss']} is {entry.outcome.loss:.4f}; all other rows are compared with this one"
-    said = list(_differences(mended.outcome, entry.outcome)) or [
-        f"no effect that {len(entry.outcome.values('loss'))} held-out rows could show"
-    ]
-    said += _of_the_run(entry.facts, mended.facts)
-    return "; ".join(said)
+    if mended is None or mended.outcome is None or entry.name in ("base", "mended"):
+        return f"{_NAMES['loss']} is {entry.outcome.loss:.4f}"
+    control = chance.outcome if chance is not None and chance is not entry else None
+    said = list(_differences(mended.outcome, entry.outcome, control))
+    said = said or [f"no effect on the answers beyond chance, on {len(entry.outcome.values('loss'))} held-out rows"]
+    return "; ".join([*said, *_of_the_run(entry.facts, mended.facts)])
 
 
-def _differences(before: Outcome, after: Outcome) -> Iterator[str]:
+def _differences(before: Outcome, after: Outcome, control: Outcome | None) -> Iterator[str]:
     for measure in ("stop_rate", "exact_match", "mean_tokens", "loss", "kl"):
-        found, first, second = change(measure, before, after), getattr(before, measure), getattr(after, measure)
-        if found is None or not found.found or (measure in ("loss", "kl") and abs(found.mean) < _SLIGHT * abs(first)):
-            continue
-        yield f"{_NAMES[measure]} {_verb(measure, found)} from {_shown(measure, first)} to {_shown(measure, second)}"
+        found, usual = change(measure, before, after), control and change(measure, before, control)
+        first, second = (_shown(measure, getattr(side, measure)) for side in (before, after))
+        if found and found.found and first != second and not (usual and abs(found.mean) <= abs(usual.mean)):
+            yield f"{_NAMES[measure]} {_verb(measure, found)} from {first} to {second}"
 
 
 def _verb(measure: str, found: Change) -> str:
@@ -107,12 +109,12 @@ def _verb(measure: str, found: Change) -> str:
 
 
 def _of_the_run(facts: Mapping[str, float], mended: Mapping[str, float]) -> Iterator[str]:
-    """What the training itself shows: how uneven its loss was, how much it learnt from, how much of it a merge keeps."""
-    follows, usual = facts.get("follows_length"), mended.get("follows_length")
-    if follows is not None and usual is not None and abs(follows) > 0.5 and abs(follows) > 2 * abs(usual):
+    """What the training itself shows: whether its loss can be read, how much it learnt from, how much of it a merge keeps."""
+    waves, usual = facts.get("waves", 0.0), mended.get("waves", 0.0)
+    if waves - usual > _WAVES:
         yield (
-            f"the training loss follows the length of the batch (correlation {follows:.2f}, {usual:.2f} when shuffled) and jumps by "
-            f"{facts['jump']:.2f} nats from step to step ({mended['jump']:.2f})"
+            f"the training loss moves in waves, the order of the lengths (neighbouring steps correlate by {waves:.2f}, by {usual:.2f} when "
+            "shuffled)"
         )
     learnt, of = facts.get("supervised_tokens"), mended.get("supervised_tokens")
     if learnt and of and abs(learnt / of - 1) > _SLIGHT:
@@ -132,8 +134,7 @@ def _merged(facts: Mapping[str, float]) -> str:
 
 def lines(entries: list[Entry]) -> list[str]:
     """A sentence an entry."""
-    mended = next(entry for entry in entries if entry.name == "mended")
-    return [f"{entry.name} ({entry.what}): {sentence(entry, mended)}" for entry in entries]
+    return [f"{entry.name} ({entry.what}): {sentence(entry, entries)}" for entry in entries]
 
 
 def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
@@ -146,7 +147,7 @@ def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
         differences = {
             measure: change(measure, mended.outcome, entry.outcome) for measure in MEASURES if entry.outcome is not None
         }
-        found.append(entry.as_json() | {"sentence": sentence(entry, mended), "difference": differences})
+        found.append(entry.as_json() | {"sentence": sentence(entry, entries), "difference": differences})
     return found
 
 
