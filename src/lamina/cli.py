@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "fine-tune: train JOB, or train --model M --data D; train --resume RUN goes on",
     "eval": "measure a run on its held-out rows, the base beside the adapter",
     "explain": "say what an adapter is: its size, its rank, where it sits, which rank would have done",
+    "report": "write a run's page, report.html: what it learnt, forgot and cost, with charts",
     "generate": "answer a file of prompts with a run or a model",
     "chat": "talk to a run or a model, and to its base",
     "merge": "write the model with the adapter merged in, checked against both",

@@ -93,7 +93,9 @@ def lines(
         for line in of:
             _draw(axes, line, "y" in log)
         for at, what in marks:
-            axes.axvline(at, color=COLOURS["dear"], linewidth=1.2, linestyle=(0, (4, 2)), label=said(what))
+            axes.axvline(at, color=COLOURS["dear"], linewidth=1.2, linestyle=(0, (4, 2)))
+            above = {"xycoords": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            axes.annotate(said(what), (at, 1.01), fontsize=9.5, color=COLOURS["dear"], annotation_clip=False, **above)
         axes.set_xlabel(said(x))
         axes.set_ylabel(said(y))
         if "x" in log:

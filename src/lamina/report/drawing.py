@@ -88,7 +88,9 @@ def svg(figure: Any, key: str, description: str) -> str:
     text = re.sub(r"(href=\"|url\()#([^\")]+)", lambda m: f"{m[1]}#{names[m[2]]}", text)
     text = re.sub(r"#0[abc]00[0-9a-f]{2}", lambda m: _VARIABLES[m[0]], text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's own
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # hundredths of a point do not show
+    text = re.sub(
+        r"<[^>]*>", lambda m: re.sub(r"(\d\.\d\d)\d+", r"\1", m[0]), text
+    )  # hundredths of a point do not show
     text = re.sub(r"\s*\n\s*", " ", text)
     box = re.search(r'viewBox="[^"]+"', text)
     assert box is not None, "matplotlib writes a view box"

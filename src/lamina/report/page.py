@@ -43,11 +43,11 @@ class Table:
     caption: str = ""
 
     @property
-    def numeric(self) -> list[bool]:
-        """Which columns hold numbers only, and are set to the right."""
+    def kinds(self) -> list[str]:
+        """The class of each column: n for numbers only, set to the right; s for short texts, not broken; else nothing."""
+        cells = [[row[column] for row in self.rows] for column in range(len(self.columns))]
         return [
-            column > 0 and all(_NUMBER.fullmatch(row[column]) for row in self.rows)
-            for column in range(len(self.columns))
+            "n" if n and all(map(_NUMBER.fullmatch, of)) else "s" if _short(of) else "" for n, of in enumerate(cells)
         ]
 
 
@@ -58,6 +58,14 @@ class Text:
     kind: ClassVar[str] = "text"
     text: str
     muted: bool = False
+
+
+@dataclass(frozen=True)
+class Sayings:
+    """Sentences that each stand beside a word that says what they are about."""
+
+    kind: ClassVar[str] = "sayings"
+    items: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,10 @@ class Page:
     def write(self, path: Path) -> None:
         """Writes the page whole or not at all."""
         write_text(path, self.html())
+
+
+def _short(cells: Sequence[str]) -> bool:
+    return all(len(cell) <= 36 and "\n" not in cell for cell in cells)
 
 
 @functools.cache

@@ -128,6 +128,7 @@ def test_long_lines_are_thinned_and_keep_their_ends() -> None:
     assert len(svg(chart.figure, "k", "d")) < 30_000
 
 
-def test_numbers_stand_to_the_right() -> None:
+def test_numbers_stand_to_the_right_and_short_texts_are_not_broken() -> None:
     rows = [["1", "1.5 %", "3 min 20 s", "word", "–"], ["2", "−0.1", "1,024 MiB", "5", "[-1.0, 2.0]"]]
-    assert Table("t", list("abcde"), rows).numeric == [False, True, True, False, False]
+    assert Table("t", ["a", "b"], [["1", "long " * 9]]).kinds == ["s", ""]
+    assert Table("t", list("abcde"), rows).kinds == ["s", "n", "n", "s", "s"]
