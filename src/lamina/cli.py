@@ -24,6 +24,7 @@ COMMANDS = {
     "replay": "run a reference job again with its faults, one by one: replay A, B or C",
     "eval": "measure a run on its held-out rows, the base beside the adapter",
     "explain": "say what an adapter is: its size, its rank, where it sits, which rank would have done",
+    "report": "write a run's page, report.html: what it learnt, forgot and cost, with charts",
     "generate": "answer a file of prompts with a run or a model",
     "chat": "talk to a run or a model, and to its base",
     "merge": "write the model with the adapter merged in, checked against both",
