@@ -1,27 +1,44 @@
-"""What a LoRA adapter is: read from its files matrix by matrix, beside its base tensor by tensor, and judged on a run's rows."""
+"""What a LoRA adapter is: read from its files matrix by matrix, beside its base tensor by tensor, and judged on a run's rows.
 
-from collections.abc import Mapping
-from dataclasses import replace
+``explain`` opens whatever it is given, and takes its time. ``explain_trained`` closes a run whose model is still in memory, and
+is bounded: the held-out rows by a number of tokens, the comparison with the base by a number of weights. Both bounds
+are counts and not clocks, so that the same run is always explained in the same way.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lamina.adapter import adapted, adapter_scale
+from lamina.adapter import AdaptedLinear, adapted, adapter_scale
+from lamina.data.render import Rendered
+from lamina.data.store import TokenStore
 from lamina.errors import AdapterError, CheckpointError, ConfigError, DataError
 from lamina.evaluation import evaluate
 from lamina.job import base_folder, read_job
 from lamina.model.architecture import read_config
 from lamina.model.checkpoint import Stored, stored_tensors, summary
+from lamina.model.decoder import Decoder
 from lamina.model.fingerprint import stored_fingerprint
+from lamina.model.quantised import form_of
 from lamina.model.storage import parts_of
 from lamina.model.weights import ModelSettings, used_tensors
 from lamina.opened import adapter_folder, held_out_of, open_run
 from lamina.understand.alignment import relate
 from lamina.understand.explanation import Explanation
-from lamina.understand.factors import AdapterFile, Shrunk, open_adapter, save_truncated, truncate
+from lamina.understand.factors import AdapterFile, Shrunk, open_adapter, save_truncated
 from lamina.understand.updates import Ranks, Update, places, powers
+
+COMPARED = 2**22
+"""Adapted weights up to which a run's report compares the update with its base: about two seconds of dense SVDs on one core."""
+
+SHARE = 0.1
+"""Tokens on which a run's report measures lower ranks, all of them together, as a share of the tokens of its training. A
+forward pass costs about half of a training step, so this is a twentieth of the training's time."""
 
 
 def explain(
@@ -31,6 +48,7 @@ def explain(
     exact: bool = False,
     losses: bool = True,
     changes: Mapping[str, Any] | None = None,
+    tokens: int | None = None,
 ) -> Explanation:
     """Explains the adapter of a run, or any LoRA adapter in PEFT's format.
 
@@ -44,6 +62,8 @@ def explain(
         exact: decompose every matrix of the base fully; otherwise those above ``alignment.DENSE`` are estimated.
         losses: of a run: measure the held-out loss of base, adapter, and adapter truncated to ranks 1, 2, 4, …
         changes: other values for the run's settings of the model, such as its device.
+        tokens: of the held-out rows on which each of those losses is measured, about so many at most, in rows at even
+            distances; all rows if None.
 
     Raises:
         AdapterError: no adapter there, a damaged one, one with features that are not computed, or of another base.
@@ -62,13 +82,45 @@ def explain(
     elif base is not None:
         settings = ModelSettings(model=str(base))
     folder = None if settings is None else base_folder(settings)
-    weights = {} if folder is None else _weights(folder, adapter)
-    updates = _updates(adapter, weights, exact)
-    found = Explanation(str(adapter.folder), None if folder is None else str(folder), updates)
-    if not run or not losses or found.nothing:
-        return found
-    ranks, why_not = _ranks(name, best, changes, adapter)
-    return replace(found, ranks=ranks, not_measured=why_not)
+    weights = None if folder is None else _stored(_weights(folder, adapter))
+    measured = run and losses
+    found = _Found(keep=_highest(adapter) if measured else 0)
+    found.read(adapter, weights, exact)
+    explanation = Explanation(str(adapter.folder), None if folder is None else str(folder), tuple(found.updates))
+    if not measured or explanation.nothing:
+        return explanation
+    opened = open_run(name, best=best, changes=changes)
+    assert opened.job is not None, "it has a job.toml"
+    try:
+        held_out = held_out_of(opened).held_out
+    except (DataError, CheckpointError) as error:  # they cannot be read any more, or are others than in training
+        return replace(explanation, not_measured=str(error))
+    return _judged(explanation, opened.model, held_out, opened.job.train.portion, tokens, found)
+
+
+def explain_trained(
+    model: Decoder, run: Path, base: Path, held_out: TokenStore, portion: int, tokens: int
+) -> Explanation:
+    """Explains the adapter that a run has just saved, with the model that is in memory still.
+
+    Beside the base, if it is small (``COMPARED``), as training saw it. The model is afterwards as it was.
+
+    Args:
+        portion: tokens computed at one time.
+        tokens: of the run's training, by which the work is bounded (``SHARE``).
+    """
+    adapter = open_adapter(adapter_folder(run, best=False))
+    modules = adapted(model)
+    small = sum(out * inputs for out, inputs in adapter.shapes.values()) <= COMPARED
+    found = _Found(keep=_highest(adapter))
+    found.read(
+        adapter, (lambda path: form_of(modules[path].base).dense().float().cpu()) if small else None, exact=False
+    )
+    explanation = Explanation(str(adapter.folder), str(base) if small else None, tuple(found.updates))
+    if explanation.nothing:
+        return explanation
+    most = round(tokens * SHARE / (len(powers(adapter.rank)) + 2))
+    return _judged(explanation, model, held_out, portion, most, found)
 
 
 def shrink(name: str | Path, rank: int, out: str | Path, best: bool = False) -> Shrunk:
@@ -122,56 +174,116 @@ def _weights(folder: Path, adapter: AdapterFile) -> dict[str, Stored]:
     return {path: stored[f"{path}.weight"] for path in adapter.shapes}
 
 
-def _updates(adapter: AdapterFile, weights: Mapping[str, Stored], exact: bool) -> tuple[Update, ...]:
-    where, updates = places(list(adapter.shapes)), []
-    for factors in adapter.factors():
-        path, spectrum, relation = factors.path, factors.spectrum(), None
-        if path in weights:
-            weight = torch.empty(adapter.shapes[path])
-            weights[path].read_into(weight)
-            if not weight.isfinite().all():
-                raise AdapterError(f"{weights[path].file}: {path}.weight holds non-finite numbers; check --base")
-            relation = relate(weight, spectrum, exact)
-        updates.append(
-            Update(
-                name=path,
-                layer=where[path][0],
-                module=where[path][1],
-                shape=adapter.shapes[path],
-                rank=len(factors.a),
-                numerical_rank=spectrum.rank,
-                scale=factors.scale,
-                norm=spectrum.norm,
-                effective_rank=spectrum.effective_rank,
-                stable_rank=spectrum.stable_rank,
-                singular_values=tuple(spectrum.values.tolist()),
-                relation=relation,
+def _stored(weights: Mapping[str, Stored]) -> Callable[[str], Tensor]:
+    """Reads a matrix of the base, fp32."""
+
+    def read(path: str) -> Tensor:
+        weight = torch.empty(weights[path].shape)
+        weights[path].read_into(weight)
+        if not weight.isfinite().all():
+            raise AdapterError(f"{weights[path].file}: {path}.weight holds non-finite numbers; check --base")
+        return weight
+
+    return read
+
+
+@dataclass
+class _Found:
+    """The updates of an adapter, and their factors at the highest rank below the trained one, if any are kept."""
+
+    keep: int
+    updates: list[Update] = field(default_factory=list)
+    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def read(self, adapter: AdapterFile, weights: Callable[[str], Tensor] | None, exact: bool) -> None:
+        """Decomposes the updates one after the other, beside their matrices where these can be had."""
+        where = places(list(adapter.shapes))
+        for factors in adapter.factors():
+            path, spectrum = factors.path, factors.spectrum()
+            if self.keep:
+                self.kept[path] = spectrum.factors(self.keep)
+            self.updates.append(
+                Update(
+                    name=path,
+                    layer=where[path][0],
+                    module=where[path][1],
+                    shape=adapter.shapes[path],
+                    rank=len(factors.a),
+                    numerical_rank=spectrum.rank,
+                    scale=factors.scale,
+                    norm=spectrum.norm,
+                    effective_rank=spectrum.effective_rank,
+                    stable_rank=spectrum.stable_rank,
+                    singular_values=tuple(spectrum.values.tolist()),
+                    relation=None if weights is None else relate(weights(path), spectrum, exact),
+                )
             )
-        )
-    return tuple(updates)
 
 
-def _ranks(name: Path, best: bool, changes: Mapping[str, Any], adapter: AdapterFile) -> tuple[Ranks | None, str]:
-    """The losses on a run's held-out rows, or why there are none. Each rank is evaluated as its saved adapter would be."""
-    opened = open_run(name, best=best, changes=changes)
-    assert opened.job is not None, "it has a job.toml"
-    try:
-        held_out = held_out_of(opened).held_out
-    except (DataError, CheckpointError) as error:  # they cannot be read any more, or are others than in training
-        return None, str(error)
+def _highest(adapter: AdapterFile) -> int:
+    """The highest of the lower ranks that are tried; 0 where there is none."""
+    return max(powers(adapter.rank), default=0)
+
+
+def _judged(
+    explanation: Explanation, model: Decoder, held_out: TokenStore, portion: int, tokens: int | None, found: _Found
+) -> Explanation:
+    """The explanation with held-out losses, or with why there are none."""
     if not len(held_out):
-        return None, "the run held out no rows"
-    model, budget = opened.model, opened.job.train.portion
+        return replace(explanation, not_measured="the run held out no rows")
+    rows: Iterable[Rendered] = held_out
+    count = len(held_out)
+    if tokens is not None:
+        rows = _some(held_out, tokens)
+        count = len(rows)
+    ranks = _ranks(model, rows, portion, powers(explanation.rank), found.kept)
+    return replace(explanation, ranks=replace(ranks, rows=count, held_out=len(held_out)))
+
+
+def _some(rows: TokenStore, tokens: int) -> list[Rendered]:
+    """Rows at even distances, of together at most so many tokens; one at least."""
+    every = max(1, -(-int(rows.lengths.sum()) // max(1, tokens)))
+    chosen, total = [rows[0]], len(rows[0].tokens)
+    for index in range(every, len(rows), every):
+        row = rows[index]
+        total += len(row.tokens)
+        if total > tokens:
+            break
+        chosen.append(row)
+    return chosen
+
+
+def _ranks(
+    model: Decoder,
+    rows: Iterable[Rendered],
+    portion: int,
+    lower: list[int],
+    kept: Mapping[str, tuple[Tensor, Tensor]],
+) -> Ranks:
+    """The losses of base, adapter and truncated adapter. Each rank is evaluated as its saved adapter would be."""
     with adapter_scale(model, 0.0):
-        base = evaluate(model, held_out, budget).loss
-    full = evaluate(model, held_out, budget).loss
-    modules, lower, losses = adapted(model), powers(adapter.rank), []
-    kept = truncate(adapter, lower[-1]) if lower else {}
-    for rank in lower:
-        for path, (a, b) in kept.items():
-            module = modules[path]
-            device = module.a.device
-            module.a, module.b = nn.Parameter(a[:rank].to(device)), nn.Parameter(b[:, :rank].contiguous().to(device))
-            module.scale = 1.0
-        losses.append((rank, evaluate(model, held_out, budget).loss))
-    return Ranks(base, full, tuple(losses)), ""
+        base = evaluate(model, rows, portion).loss
+    full, modules, losses = evaluate(model, rows, portion).loss, adapted(model), []
+    with _restored(modules.values()):
+        for rank in lower:
+            for path, (a, b) in kept.items():
+                module = modules[path]
+                device = module.a.device
+                module.a, module.b = (
+                    nn.Parameter(a[:rank].to(device)),
+                    nn.Parameter(b[:, :rank].contiguous().to(device)),
+                )
+                module.scale = 1.0
+            losses.append((rank, evaluate(model, rows, portion).loss))
+    return Ranks(base, full, tuple(losses))
+
+
+@contextlib.contextmanager
+def _restored(modules: Iterable[AdaptedLinear]) -> Iterator[None]:
+    """Puts the factors of the adapted modules back after a block."""
+    before = [(module, module.a, module.b, module.scale) for module in modules]
+    try:
+        yield
+    finally:
+        for module, a, b, scale in before:
+            module.a, module.b, module.scale = a, b, scale

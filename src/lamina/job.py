@@ -8,12 +8,15 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
 from lamina import jobfile, jobs
 from lamina.adapter import LoRA, choose
 from lamina.data.examples import DataSettings
+from lamina.data.faults import Faults
 from lamina.data.prepare import Prepared, prepare
 from lamina.data.problems import Problems
 from lamina.errors import CheckpointError, ConfigError
@@ -26,6 +29,7 @@ from lamina.model.locate import locate
 from lamina.model.weights import ModelSettings, pick_device
 from lamina.section import section
 from lamina.training.loop import Training
+from lamina.training.order import Order, by_length, shuffled
 
 
 @section
@@ -60,6 +64,7 @@ SECTIONS: dict[str, type] = {
     "watch": Watching,
     "evaluate": Evaluating,
     "generate": Sampling,
+    "faults": Faults,
 }
 
 
@@ -74,6 +79,7 @@ class Job:
     watch: Watching = field(default_factory=Watching)
     evaluate: Evaluating = field(default_factory=Evaluating)
     generate: Sampling = field(default_factory=Sampling)
+    faults: Faults = field(default_factory=Faults)
     head: Head = field(default_factory=Head)
 
     @classmethod
@@ -136,9 +142,15 @@ def prepare_data(job: Job, base: Path, tokenizer: Any, problems: Problems | None
         vocabulary=a.vocabulary,
         max_position=a.max_position,
         problems=problems,
+        faults=job.faults,
     )
     report = replace(prepared.report, source=job.data.data, held_out_source=job.data.eval_data or "")
     return replace(prepared, report=report)  # named as the job names them, not by where a shipped file lies
+
+
+def order_of(job: Job, lengths: NDArray[np.int64]) -> Order:
+    """The order in which a job's training examples, of these lengths, are met."""
+    return by_length(lengths, job.train.batch_size) if "by-length" in job.faults.commit else shuffled
 
 
 def settings_fingerprint(job: Job, without: Collection[str]) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lamina.data.pack import Batch
 from lamina.data.prepare import Prepared
 from lamina.errors import TrainingError
-from lamina.job import Job
+from lamina.job import Job, order_of
 from lamina.model.architecture import read_config
 from lamina.model.weights import DTYPES, form_of_folder, pick_device
 from lamina.report.console import duration
@@ -206,4 +206,5 @@ class _Needs:
         return plan(self.setup, *portions)
 
     def _heaviest(self, tokens: int) -> Heaviest:
-        return heaviest(self.rows, self.lengths, self.job.train, self.job.head.seed, tokens)
+        order = order_of(self.job, self.lengths)
+        return heaviest(self.rows, self.lengths, self.job.train, self.job.head.seed, tokens, order)

@@ -19,7 +19,17 @@ from lamina.data.prepare import Prepared
 from lamina.doctor.checkup import diagnose
 from lamina.errors import ConfigError, Error, TrainingError
 from lamina.evaluation import Answers, Scores, answers, score
-from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, read_job, settings_fingerprint
+from lamina.job import (
+    SECTIONS,
+    Job,
+    base_folder,
+    check,
+    new_folder,
+    order_of,
+    prepare_data,
+    read_job,
+    settings_fingerprint,
+)
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import pick_device
@@ -29,6 +39,7 @@ from lamina.planning import Planned, compared, plan_run
 from lamina.report.about import about
 from lamina.report.opening import data_lines, time_line, training_lines
 from lamina.report.record import Record, write_json, write_text
+from lamina.reporting import close
 from lamina.training.available import Meter
 from lamina.training.finite import damage
 from lamina.training.interrupt import Interrupts
@@ -68,8 +79,11 @@ class Result:
     card: Card
 
 
-def fine_tune(job: Job, show: Show | None = None) -> Result:
+def fine_tune(job: Job, show: Show | None = None, loaded: Decoder | None = None) -> Result:
     """Runs a job in a new folder.
+
+    Args:
+        loaded: the job's base without an adapter, where it is in memory already; it keeps the trained adapter.
 
     Raises:
         Error: whatever of the job, its model or its data is wrong, in one line; nothing of an earlier run is lost.
@@ -79,7 +93,7 @@ def fine_tune(job: Job, show: Show | None = None) -> Result:
     with locked(folder):
         try:
             write_text(folder / "job.toml", jobfile.dump(job.sections()))
-            return _go(job, folder, show or Silent(), resuming=False)
+            return _go(job, folder, show or Silent(), resuming=False, loaded=loaded)
         except (Error, KeyboardInterrupt) as error:
             if (folder / "state").exists():
                 raise _with_the_way_on(error, folder) from None
@@ -89,11 +103,17 @@ def fine_tune(job: Job, show: Show | None = None) -> Result:
             raise
 
 
-def resume(folder: Path, changes: Mapping[str, Any] | None = None, show: Show | None = None) -> Result:
+def resume(
+    folder: Path,
+    changes: Mapping[str, Any] | None = None,
+    show: Show | None = None,
+    loaded: Decoder | None = None,
+) -> Result:
     """Goes on with a run exactly where its last saved state stands.
 
     Args:
         changes: other values for settings named in ``CHANGEABLE``.
+        loaded: as for ``fine_tune``.
 
     Raises:
         CheckpointError: no run there, one in use, or one whose data, base or version is another.
@@ -105,7 +125,7 @@ def resume(folder: Path, changes: Mapping[str, Any] | None = None, show: Show | 
         job = replace(job, **{part: replace(section, **own)})
     with locked(folder):
         try:
-            return _go(job, folder, show or Silent(), resuming=has_state(folder))
+            return _go(job, folder, show or Silent(), resuming=has_state(folder), loaded=loaded)
         except KeyboardInterrupt as interrupt:
             raise _with_the_way_on(interrupt, folder) from None
 
@@ -122,7 +142,7 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(child) if child.is_dir() else child.unlink()
 
 
-def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
+def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | None) -> Result:
     watch = Stopwatch()
     base = base_folder(job.model)
     check(job, base)
@@ -131,6 +151,8 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
         data = prepare_data(job, base, tokenizer)
     for line in data_lines(data, tokenizer):
         show.line(line)
+    if job.faults.commit:
+        show.line(job.faults.line())
     if job.watch.patience and not len(data.held_out):
         raise ConfigError("watch.patience: counts evaluations, but nothing is held out; set eval_fraction or eval_data")
     with watch("planning"):
@@ -149,7 +171,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
     )  # with what was chosen: resumed, it is cut in the same way
     meter = Meter(pick_device(job.model.device))
     with memory_told(), watch("load"):
-        model = job.model.load(base)
+        model = loaded or job.model.load(base)
     attach(model, job.adapter, job.head.seed)
     run = _Run(job, folder, base, model, data, start(model, job.train), show, watch)
     for line in training_lines(model, job.model.model, job.train, run.steps, run.every if len(data.held_out) else None):
@@ -166,6 +188,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
     told = about(job, model, folder) | {"held_out_fingerprint": data.held_out.fingerprint, "seconds": watch.seconds}
     more = {"memory": {"planned": planned.as_json(), "measured_bytes": measured_peak}, "ledger_notes": notes}
     write_json(folder / "card.json", told | more | card.as_json())
+    close(model, folder, base, data.held_out, job.train.portion, show.line)
     return Result(folder, card)
 
 
@@ -230,7 +253,8 @@ class _Run:
     def steps_to_the_end(self, record: Record, interrupts: Interrupts) -> None:
         """The loop: what happens between two steps, in order."""
         patience = self.job.watch.patience
-        steps = train(self.model, self.data.train, self.job.train, self.state, self.job.head.seed)
+        order = order_of(self.job, self.data.train.lengths)
+        steps = train(self.model, self.data.train, self.job.train, self.state, self.job.head.seed, order)
         for step in () if self.progress.out_of(patience) else steps:
             record.step(step)
             self.observing.step(step)

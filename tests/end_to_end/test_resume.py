@@ -125,6 +125,27 @@ def test_a_killed_run_over_four_bits_with_moments_in_eight_resumes_to_the_same_r
 
 
 @pytest.mark.slow
+def test_a_killed_run_that_commits_faults_resumes_to_the_same_result(place: Path, named: list[str]) -> None:
+    flags = [
+        *named,
+        "--steps",
+        "13",
+        "--commit",
+        "by-length,masked-end,double-start,no-template",
+    ]  # into a second epoch
+    whole, run = place / "whole-faults", place / "killed-faults"
+    done = subprocess.run(
+        train(*flags, "--out", str(whole)), check=True, capture_output=True, text=True, env=single_thread()
+    )
+    assert "faults committed on purpose: by-length (batches ordered by length), masked-end" in done.stdout
+    process = run_until(train(*flags, "--out", str(run)), "step 5/")
+    process.kill()
+    process.communicate()
+    subprocess.run(train("--resume", str(run)), check=True, capture_output=True, env=single_thread())
+    assert_same(run, whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_and_says_how_to_go_on(
     number: signal.Signals, place: Path, named: list[str], whole: Path

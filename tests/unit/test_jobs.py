@@ -11,6 +11,7 @@ from lamina.jobfile import Head
 from lamina.settings import build, read_toml, settings
 
 WHOLE = {"": Head, **SECTIONS}
+FAITHFUL = ["kdnuggets-faithful", "miniguanaco-faithful", "origin-faithful"]
 
 
 def job_of(name: str) -> Job:
@@ -18,7 +19,8 @@ def job_of(name: str) -> Job:
 
 
 def test_there_are_the_reference_jobs_and_the_demo() -> None:
-    assert jobs.names() == ["demo", "guanaco-7b", "kdnuggets", "miniguanaco", "miniguanaco-faithful"]
+    both = [f"{name}{form}" for name in ("kdnuggets", "miniguanaco", "origin") for form in ("", "-faithful")]
+    assert jobs.names() == ["demo", "guanaco-7b", *both]
 
 
 @pytest.mark.parametrize("name", jobs.names())
@@ -49,16 +51,20 @@ def test_what_a_built_in_job_comments_out_is_the_default(name: str) -> None:
 
 def test_the_reference_jobs_keep_their_base_in_four_bits() -> None:
     four = {name: job_of(name).model for name in jobs.names() if job_of(name).model.base == "nf4"}
-    assert list(four) == ["guanaco-7b", "kdnuggets", "miniguanaco", "miniguanaco-faithful"]
-    assert {name for name, model in four.items() if not model.double_quant} == {"miniguanaco-faithful"}
+    assert list(four) == [name for name in jobs.names() if name != "demo"]
+    assert {name for name, model in four.items() if not model.double_quant} == set(FAITHFUL)
 
 
-def test_the_faithful_job_is_as_published() -> None:
-    job = job_of("miniguanaco-faithful")
+@pytest.mark.parametrize(
+    ("name", "rate", "steps"),
+    [("miniguanaco-faithful", 2e-4, None), ("kdnuggets-faithful", 1e-5, 250), ("origin-faithful", 1e-5, None)],
+)
+def test_a_faithful_job_is_as_published(name: str, rate: float, steps: int | None) -> None:
+    job = job_of(name)
     assert (job.adapter.rank, job.adapter.alpha, job.adapter.dropout) == (64, 16.0, 0.1)
     assert job.adapter.targets == ("q_proj", "v_proj")
-    assert (job.train.batch_size, job.train.epochs, job.train.steps) == (4, 1.0, None)
-    assert (job.train.learning_rate, job.train.schedule, job.train.warmup) == (2e-4, "cosine", 0.03)
+    assert (job.train.batch_size, job.train.epochs, job.train.steps) == (4, 1.0, steps)
+    assert (job.train.learning_rate, job.train.schedule, job.train.warmup) == (rate, "cosine", 0.03)
     assert (job.train.weight_decay, job.train.clip) == (0.001, 0.3)
     assert (job.data.train_on, job.data.max_length, job.data.long, job.data.eval_fraction) == (
         "everything",
@@ -66,6 +72,13 @@ def test_the_faithful_job_is_as_published() -> None:
         "truncate",
         0.0,
     )
+    assert {"masked-end", "by-length", "other-merge-base"} <= set(job.faults.commit)
+
+
+def test_only_the_faithful_jobs_commit_faults() -> None:
+    assert {name for name in jobs.names() if job_of(name).faults.commit} == set(FAITHFUL)
+    assert "no-template" in job_of("origin-faithful").faults.commit
+    assert "double-start" not in job_of("kdnuggets-faithful").faults.commit  # the Alpaca template writes no <s>
 
 
 def test_a_job_survives_the_way_through_its_file() -> None:

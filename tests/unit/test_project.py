@@ -26,7 +26,8 @@ LAYERS = (
     {"training", "generation", "evaluation", "neutral"},
     {"understand"},
     {"settings", "jobfile", "jobs", "job", "report"},
-    {"opened", "policies", "merging", "explaining", "comparing", "ways_out", "planning", "doctor", "observing", "run"},
+    {"opened", "policies", "merging", "explaining", "comparing", "ways_out", "planning", "doctor", "observing"}
+    | {"reporting", "run", "variants", "replaying"},
     {"cli", "commands", "__main__"},
     {""},  # lamina/__init__.py, the public surface
 )
@@ -34,7 +35,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 # These compute; they are given what was read, and return what is to be written.
 NO_DISK = {"errors", "section", "settings", "ops", "adapter", "generation", "model.decoder", "data.forms"}
-NO_DISK |= {"data.llama2_text", "data.offsets", "data.render", "data.fit", "data.pack"}
+NO_DISK |= {"data.llama2_text", "data.offsets", "data.render", "data.fit", "data.faults", "data.pack"}
 NO_DISK |= {"training.loop", "training.order", "training.optimizer", "training.finite"}
 NO_DISK |= {"training.kept", "training.plan", "training.fitting"}
 DISK = {"open", "fdopen", "memmap", "safe_open", "save_file", "mkdir", "rmdir", "unlink", "rename", "rmtree", "touch"}

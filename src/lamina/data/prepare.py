@@ -8,8 +8,9 @@ rows nor the size of the blocks matters, copies of a row stand on the same side,
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.data.examples import DataSettings, read_examples
+from lamina.data.faults import Fault, Faults, on_row, without_template
 from lamina.data.fit import fit
 from lamina.data.forms import Example
 from lamina.data.lengths import Lengths, LengthsWriter
@@ -66,6 +68,7 @@ def prepare(
     vocabulary: int | None = None,
     max_position: int | None = None,
     problems: Problems | None = None,
+    faults: Faults | None = None,
 ) -> Prepared:
     """Reads and renders the data, and holds a part of it out.
 
@@ -75,6 +78,7 @@ def prepare(
         vocabulary: ids that the model knows, if it is known; no row may hold another.
         max_position: the model's context, if it is known; no row may be longer.
         problems: takes what is wrong with single rows; where it keeps them, they are left out and the others prepared.
+        faults: committed on purpose on what is trained on, or on what is held out; which rows that is, they do not change.
 
     Raises:
         ConfigError: ``max_length`` is beyond the model's context.
@@ -83,23 +87,27 @@ def prepare(
     """
     limit = _longest(settings.max_length, max_position)
     chat = chat_format(tokenizer, settings.template)
-    source = _Source(settings, chat, limit, vocabulary, progress, problems or Problems())
-    data = _read(source, settings.data, settings.split)
-    if not len(data.store):
+    faults = faults or Faults()
+    read = partial(_read, _Source(settings, chat, limit, vocabulary, progress, problems or Problems()))
+    data = read(settings.data, settings.split)
+    taught = read(settings.data, settings.split, commit=faults.of_training) if faults.of_training else data
+    if not len(taught.store):
         raise DataError(
             f"{settings.data}: nothing to train on: none of {data.count['rows']:,} rows holds a token to learn within "
             f"{limit:,} tokens; see max_length, long and train_on"
         )
-    report = _report(settings, data, chat) | {
+    report = _report(settings, taught, chat) | {
         "max_length": limit,
         "context": settings.max_length is None and limit == max_position,
     }
     if settings.eval_data is None:
+        source = settings.data, settings.split
         held = _choose(data.keys, settings.eval_fraction, seed)
         copies = held & np.isin(data.pieces, data.pieces[~held])
         train, held_out = data.store.part(~held), data.store.part(held & ~copies)
     else:
-        other = _read(source, settings.eval_data, settings.eval_split)
+        source = settings.eval_data, settings.eval_split
+        other = read(*source)
         copies = np.isin(other.keys, data.keys) | np.isin(other.pieces, data.pieces)
         train, held_out = data.store, other.store.part(~copies)
         if not len(held_out):
@@ -107,6 +115,11 @@ def prepare(
                 f"{settings.eval_data}: nothing to measure by: all {int(copies.sum()):,} usable rows also stand in the "
                 "training data"
             )
+    if faults.of_training:
+        train = taught.store.part(np.isin(taught.store.rows, train.rows))
+    if faults.of_asking and len(held_out):
+        asked = read(*source, commit=faults.of_asking).store
+        held_out = asked.part(np.isin(asked.rows, held_out.rows))
     report |= {"train_rows": len(train), "held_out_rows": len(held_out), "held_out_copies": int(copies.sum())}
     return Prepared(train, held_out, DataReport(**report), data.lengths)
 
@@ -135,8 +148,8 @@ class _Source:
     problems: Problems
 
 
-def _read(of: _Source, source: str, split: str) -> _Read:
-    """Reads one data set to its end."""
+def _read(of: _Source, source: str, split: str, commit: Collection[Fault] = ()) -> _Read:
+    """Reads one data set to its end; ``commit`` are faults committed on its rows."""
     settings, chat, limit, problems = of.settings, of.chat, of.limit, of.problems
     count, forms, ignored = Counter[str](), Counter[str](), Counter[str]()
     keys, pieces, nothing, lengths = array("Q"), array("Q"), array("q"), LengthsWriter()
@@ -146,8 +159,9 @@ def _read(of: _Source, source: str, split: str) -> _Read:
     with TokenWriter() as writer:
         examples = read_examples(source, split=split, revision=revision, problems=problems)
         while block := list(islice(examples, settings.read_ahead)):
-            marked = list(_mark(block, chat, settings.system_prompt, source, problems))
+            marked = list(_mark(block, chat, settings.system_prompt, source, problems, commit))
             for rendered in tokens_of(marked, chat, settings.train_on):
+                rendered = on_row(rendered, commit, chat.tokenizer, begins)
                 _check_ids(rendered, of.vocabulary, chat, source)
                 kept = fit(rendered, limit, settings.long, begins, count)
                 whole = _key(rendered.tokens)
@@ -192,11 +206,17 @@ def _read(of: _Source, source: str, split: str) -> _Read:
 
 
 def _mark(
-    examples: list[Example], chat: ChatFormat, system_prompt: str | None, source: str, problems: Problems
+    examples: list[Example],
+    chat: ChatFormat,
+    system_prompt: str | None,
+    source: str,
+    problems: Problems,
+    commit: Collection[Fault],
 ) -> Iterator[Marked]:
     for example in examples:
         try:
-            yield mark(example, chat, system_prompt)
+            marked = mark(example, chat, system_prompt)
+            yield without_template(marked, example, chat) if "no-template" in commit else marked
         except DataError as error:
             problems.add(f"{source}: row {example.row}", str(error))
 

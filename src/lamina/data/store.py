@@ -45,6 +45,11 @@ class TokenStore:
         return view
 
     @property
+    def rows(self) -> NDArray[np.int64]:
+        """The row that each example came from."""
+        return self._rows
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example."""
         return self._ends - self._starts

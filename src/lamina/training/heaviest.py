@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lamina.data.pack import Batch, pack
 from lamina.training.loop import Examples, Training
-from lamina.training.order import shuffled
+from lamina.training.order import Order, shuffled
 
 PLACES = 10_000_000
 """Examples that are looked at, those of the first steps; beyond, a run meets the same rows in other company."""
@@ -30,13 +30,15 @@ class Heaviest:
     later: Batch | None
 
 
-def rows_by_step(lengths: NDArray[np.int64], training: Training, seed: int) -> NDArray[np.int64]:
+def rows_by_step(
+    lengths: NDArray[np.int64], training: Training, seed: int, order: Order = shuffled
+) -> NDArray[np.int64]:
     """The rows of each step, [steps, batch size]; -1 where a last step is short."""
     count, size = len(lengths), training.batch_size
     total = training.total_steps(count) * size
     last = total if training.steps else min(total, max(1, round(count * training.epochs)))
     places = min(last, PLACES // size * size or size)
-    epochs = [shuffled(seed, epoch, count) for epoch in range(-(-places // count))]
+    epochs = [order(seed, epoch, count) for epoch in range(-(-places // count))]
     rows = np.concatenate(epochs)[:places]
     return np.concatenate([rows, np.full(-len(rows) % size, -1)]).reshape(-1, size)
 
@@ -48,14 +50,22 @@ def tokens_of(lengths: NDArray[np.int64], training: Training, seed: int) -> int:
     return counted * training.total_steps(len(lengths)) // len(rows)
 
 
-def heaviest(examples: Examples, lengths: NDArray[np.int64], training: Training, seed: int, budget: int) -> Heaviest:
+def heaviest(
+    examples: Examples,
+    lengths: NDArray[np.int64],
+    training: Training,
+    seed: int,
+    budget: int,
+    order: Order = shuffled,
+) -> Heaviest:
     """Finds the heaviest micro-batches of a run with so many tokens in a micro-batch.
 
     Args:
         lengths: tokens of every example.
         training: how many examples make up a step, and how many steps there are.
+        order: of the examples in an epoch.
     """
-    rows = rows_by_step(lengths, training, seed)
+    rows = rows_by_step(lengths, training, seed, order)
     sizes = np.where(rows >= 0, lengths[rows] - 1, 0)  # the last token predicts nothing
     most = np.maximum(sizes.max(1), np.minimum(sizes.sum(1), budget))  # of the step's heaviest micro-batch
     first: Batch | None = None

@@ -28,7 +28,7 @@ from lamina.ops.loss import cross_entropy_sum
 from lamina.section import section
 from lamina.training.finite import refuse_broken_adapter, refuse_non_finite, refuse_silent
 from lamina.training.optimizer import Kind, Schedule, adamw, rate_factor, rule_of_thumb
-from lamina.training.order import rows_of_step, steps_of
+from lamina.training.order import Order, rows_of_step, shuffled, steps_of
 
 PORTION = 4096
 """Tokens of a micro-batch where neither the settings nor a plan say another number."""
@@ -148,8 +148,13 @@ def start(model: Decoder, training: Training) -> State:
     return State(0, adamw(training.optimizer, trainable, training.weight_decay, training.betas, training.adam_eps))
 
 
-def train(model: Decoder, examples: Examples, training: Training, state: State, seed: int) -> Iterator[Step]:
+def train(
+    model: Decoder, examples: Examples, training: Training, state: State, seed: int, order: Order | None = None
+) -> Iterator[Step]:
     """Trains the adapter of a model, step by step, from where ``state`` is.
+
+    Args:
+        order: of the examples in an epoch; at random if unset.
 
     Raises:
         TrainingError: a loss or gradient is not finite (the adapter is left as it was before that step), the update
@@ -164,7 +169,7 @@ def train(model: Decoder, examples: Examples, training: Training, state: State, 
     while state.step < steps:
         began = time.perf_counter()
         model.train()  # whoever looked at the model between two steps may have left it in evaluation mode
-        rows = rows_of_step(state.step, len(examples), training.batch_size, seed, last)
+        rows = rows_of_step(state.step, len(examples), training.batch_size, seed, last, order or shuffled)
         batches = pack([examples[row] for row in rows], training.portion)
         supervised = sum(batch.supervised for batch in batches)
 

@@ -110,7 +110,14 @@ class Explanation:
 
     def _ranks_json(self, ranks: Ranks) -> dict[str, Any]:
         losses = [{"rank": rank, "loss": loss} for rank, loss in ranks.truncated]
-        return {"base_loss": ranks.base, "adapter_loss": ranks.adapter, "truncated": losses, "enough": ranks.enough}
+        return {
+            "base_loss": ranks.base,
+            "adapter_loss": ranks.adapter,
+            "truncated": losses,
+            "enough": ranks.enough,
+            "rows": ranks.rows,
+            "held_out_rows": ranks.held_out,
+        }
 
     def _relations(self) -> list[str]:
         found = [(update, update.relation) for update in self.updates if update.relation]
@@ -156,7 +163,8 @@ class Explanation:
         if self.ranks is None:
             return [*said, f"no held-out loss at lower ranks: {self.not_measured}"] if self.not_measured else said
         ranks = self.ranks
-        before = f"held-out loss {ranks.base:.4f} of the base, {ranks.adapter:.4f} of the adapter"
+        where = f" on {ranks.rows} of {ranks.held_out} rows" if ranks.rows < ranks.held_out else ""
+        before = f"held-out loss{where} {ranks.base:.4f} of the base, {ranks.adapter:.4f} of the adapter"
         if ranks.adapter >= ranks.base:
             return [*said, f"{before}: it does not improve on the base, so no rank can be said to do"]
         if ranks.enough is None:

@@ -120,15 +120,6 @@ def open_adapter(folder: Path) -> AdapterFile:
     return AdapterFile(folder, lora, shapes, base)
 
 
-def truncate(adapter: AdapterFile, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The best approximation of every update of at most this rank: fp32 factors A [k, in] and B [out, k] with s = 1, by path.
-
-    A matrix that was trained with a lower rank keeps its own. The factors of a still lower rank are the first rows of A and
-    columns of B.
-    """
-    return {factors.path: factors.spectrum().factors(rank) for factors in adapter.factors()}
-
-
 def save_truncated(adapter: AdapterFile, rank: int, out: Path) -> Shrunk:
     """Writes an adapter anew at a lower rank, in PEFT's format: the config is its own but for ranks and scales.
 

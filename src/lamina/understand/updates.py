@@ -49,11 +49,17 @@ class Update:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Held-out losses of the base, of the adapter, and of the adapter truncated to lower ranks by SVD (rank, loss)."""
+    """Held-out losses of the base, of the adapter, and of the adapter truncated to lower ranks by SVD (rank, loss).
+
+    Attributes:
+        rows: on how many rows they were measured, of how many that were ``held_out``.
+    """
 
     base: float
     adapter: float
     truncated: tuple[tuple[int, float], ...]
+    rows: int = 0
+    held_out: int = 0
 
     @property
     def enough(self) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lamina.adapter_files import CONFIG, WEIGHTS
 from lamina.errors import AdapterError, CheckpointError, ConfigError, Error
-from lamina.understand.factors import open_adapter, save_truncated, truncate
+from lamina.understand.factors import open_adapter, save_truncated
 
 T5 = [f"encoder.block.{n}.layer.0.SelfAttention.{name}" for n in (10, 2) for name in "qv"]  # no family of Lamina's
 
@@ -55,7 +55,7 @@ def test_matrices_in_the_order_of_layers_with_their_own_scales(tmp_path: Path) -
 def test_truncated_factors_are_what_is_saved_and_the_best_of_their_rank(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", {path: 2 if path.endswith("v") else 4 for path in T5}, rank_pattern={"v": 2})
     before = products(folder)
-    kept = truncate(open_adapter(folder), 3)
+    kept = {factors.path: factors.spectrum().factors(3) for factors in open_adapter(folder).factors()}
     written = save_truncated(open_adapter(folder), 3, tmp_path / "b")
     stored, after = load_file(written.folder / WEIGHTS), products(written.folder)
     total, held = 0.0, 0.0

@@ -1,0 +1,159 @@
+"""What a replay found, as a table, as sentences made from its numbers, and as a page."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lamina.understand.beside import MEASURES, Change, Outcome, change
+
+COLUMNS = ("variant", "held-out loss", "ends by itself", "word for word", "tokens", "KL from base", "left in bf16")
+_NAMES = {
+    "loss": "the held-out loss",
+    "stop_rate": "answers that end by themselves",
+    "exact_match": "answers that are the data's word for word",
+    "mean_tokens": "the mean length of an answer",
+    "kl": "the distance from the base (KL)",
+}
+_PLURAL = ("stop_rate", "exact_match")
+_SLIGHT = 0.02  # of the tokens that are learnt, relative: below it a difference is not worth a word
+_WAVES = 0.3  # of a correlation: some 250 steps at random stay within 0.13 of zero
+_FADING = 0.9  # share of the update that is left after rounding, below which it is told
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a replay.
+
+    Attributes:
+        outcome: what was measured; None where nothing was.
+        facts: numbers of the run or of the merge, by name.
+        reason: why nothing was measured.
+    """
+
+    name: str
+    what: str
+    outcome: Outcome | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry for machines."""
+        measured = None if self.outcome is None else self.outcome.as_json()
+        return {
+            "name": self.name,
+            "what": self.what,
+            "facts": dict(self.facts),
+            "reason": self.reason,
+            "outcome": measured,
+        }
+
+    @classmethod
+    def of_json(cls, found: Mapping[str, Any]) -> "Entry":
+        """The entry that ``as_json`` wrote."""
+        measured = None if found["outcome"] is None else Outcome.of_json(found["outcome"])
+        return cls(found["name"], found["what"], measured, found["facts"], found["reason"])
+
+
+def rows(entries: list[Entry]) -> list[tuple[str, ...]]:
+    """The cells of the table, a row an entry."""
+    return [_cells(entry) for entry in entries]
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    if entry.outcome is None:
+        return (entry.name, *["-"] * (len(COLUMNS) - 1))
+    shown = [_shown(measure, getattr(entry.outcome, measure)) for measure in ("loss", "stop_rate", "exact_match")]
+    shown += [_shown(measure, getattr(entry.outcome, measure)) for measure in ("mean_tokens", "kl")]
+    left = entry.facts.get("survived")
+    return (entry.name, *shown, "-" if left is None else f"{left:.0%}")
+
+
+def _shown(measure: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if measure in _PLURAL:
+        return f"{value:.1%}"
+    return f"{value:.1f}" if measure == "mean_tokens" else f"{value:.4f}"
+
+
+def sentence(entry: Entry, entries: Sequence[Entry]) -> str:
+    """What a variant did, made from its numbers: what differs from the mended job beyond chance.
+
+    Chance is that of the held-out rows, a 95 % interval of the paired differences, and that of the training: what another seed did to the
+    mended job.
+    """
+    mended, chance = (next((one for one in entries if one.name == name), None) for name in ("mended", "other-seed"))
+    if entry.reason:
+        return entry.reason
+    if entry.outcome is None:
+        return _merged(entry.facts)
+    if mended is None or mended.outcome is None or entry.name in ("base", "mended"):
+        return f"{_NAMES['loss']} is {entry.outcome.loss:.4f}"
+    control = chance.outcome if chance is not None and chance is not entry else None
+    said = list(_differences(mended.outcome, entry.outcome, control))
+    said = said or [f"no effect on the answers beyond chance, on {len(entry.outcome.values('loss'))} held-out rows"]
+    return "; ".join([*said, *_of_the_run(entry.facts, mended.facts)])
+
+
+def _differences(before: Outcome, after: Outcome, control: Outcome | None) -> Iterator[str]:
+    for measure in ("stop_rate", "exact_match", "mean_tokens", "loss", "kl"):
+        found, usual = change(measure, before, after), control and change(measure, before, control)
+        first, second = (_shown(measure, getattr(side, measure)) for side in (before, after))
+        if found and found.found and first != second and not (usual and abs(found.mean) <= abs(usual.mean)):
+            yield f"{_NAMES[measure]} {_verb(measure, found)} from {first} to {second}"
+
+
+def _verb(measure: str, found: Change) -> str:
+    verb = "rise" if found.mean > 0 else "fall"
+    return verb if measure in _PLURAL else verb + "s"
+
+
+def _of_the_run(facts: Mapping[str, float], mended: Mapping[str, float]) -> Iterator[str]:
+    """What the training itself shows: whether its loss can be read, how much it learnt from, how much of it a merge keeps."""
+    waves, usual = facts.get("waves", 0.0), mended.get("waves", 0.0)
+    if waves - usual > _WAVES:
+        yield (
+            f"the training loss moves in waves, the order of the lengths (neighbouring steps correlate by {waves:.2f}, by {usual:.2f} when "
+            "shuffled)"
+        )
+    learnt, of = facts.get("supervised_tokens"), mended.get("supervised_tokens")
+    if learnt and of and abs(learnt / of - 1) > _SLIGHT:
+        yield f"trained on {learnt:,.0f} tokens with a loss instead of {of:,.0f}"
+    left = facts.get("survived")
+    if left is not None and abs(left - 1) > 1 - _FADING:
+        yield f"its update is {facts['relative']:.1e} of the weights, and {left:.0%} of it is left in bf16"
+
+
+def _merged(facts: Mapping[str, float]) -> str:
+    return (
+        f"merged into weights that training never saw, the model is {facts['kl']:.1e} nats a token (KL) from the one that was trained, "
+        f"merged into those it saw {facts['kl_seen']:.1e}; its loss on {facts['tokens']:.0f} held-out answer tokens is "
+        f"{facts['loss_merged']:.4f}, before the merge {facts['loss_trained']:.4f}"
+    )
+
+
+def lines(entries: list[Entry]) -> list[str]:
+    """A sentence an entry."""
+    return [f"{entry.name} ({entry.what}): {sentence(entry, entries)}" for entry in entries]
+
+
+def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
+    """The entries with their sentences and with how each differs from the mended job, with its 95 % interval."""
+    mended = next((entry for entry in entries if entry.name == "mended"), None)
+    if mended is None or mended.outcome is None:
+        return [entry.as_json() for entry in entries]
+    found = []
+    for entry in entries:
+        differences = {
+            measure: change(measure, mended.outcome, entry.outcome) for measure in MEASURES if entry.outcome is not None
+        }
+        found.append(entry.as_json() | {"sentence": sentence(entry, entries), "difference": differences})
+    return found
+
+
+def markdown(title: str, intro: list[str], entries: list[Entry]) -> str:
+    """The page as Markdown."""
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    table = ["| " + " | ".join(cells) + " |" for cells in rows(entries)]
+    told = [f"* **{line.partition(' (')[0]}** ({line.partition(' (')[2]}" for line in lines(entries)]
+    return "\n".join([f"# {title}", "", *intro, "", *head, *table, "", "## What each did", "", *told]) + "\n"

@@ -1,0 +1,82 @@
+"""The page of a run: ``report.html``, from what its folder holds.
+
+At the end of a run everything else is saved already. So whatever goes wrong with the page costs the page, and is told.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lamina.data.store import TokenStore
+from lamina.errors import Error
+from lamina.explaining import explain_trained
+from lamina.model.decoder import Decoder
+from lamina.report.chapters.adapter import adapter, growth
+from lamina.report.chapters.card import before_after, samples, tokens
+from lamina.report.chapters.cost import cost, findings, job
+from lamina.report.chapters.curves import curves
+from lamina.report.chapters.outcome import outcome
+from lamina.report.console import duration
+from lamina.report.kept import Kept, read_kept
+from lamina.report.page import Page
+from lamina.report.record import write_json
+
+NAME = "report.html"
+_CHAPTERS = (outcome, curves, before_after, tokens, adapter, growth, samples, cost, findings, job)
+
+
+def report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Writes the page of a run from what is in its folder; what is absent is said to be.
+
+    Args:
+        out: the file; ``report.html`` in the run's folder if None.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        CheckpointError: the folder is not a run's, or one of its files is damaged.
+    """
+    run = Path(run)
+    target = run / NAME if out is None else Path(out)
+    page_of(read_kept(run)).write(target)
+    return target
+
+
+def close(
+    model: Decoder, run: Path, base: Path, held_out: TokenStore, portion: int, say: Callable[[str], None]
+) -> None:
+    """Explains the adapter of a run that ends, and writes its page; says where it is, or in a line why there is none."""
+    try:
+        kept = read_kept(run)
+        trained = sum(step.supervised_tokens for step in kept.steps)
+        write_json(run / "explanation.json", explain_trained(model, run, base, held_out, portion, trained).as_json())
+        say(f"what it learnt, what it forgot and what it cost, on one page: {report(run)}")
+    except (Error, OSError, ArithmeticError, ValueError, RuntimeError, ImportError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        say(f"the run is complete, but for its page {NAME} ({type(error).__name__}: {why}); again: lamina report {run}")
+
+
+def page_of(kept: Kept) -> Page:
+    """The page, chapter by chapter."""
+    card = kept.card
+    name = (card.job if card else "") or kept.folder.resolve().name
+    facts = []
+    if card is not None:
+        facts = [
+            ("base", card.model),
+            ("steps", f"{card.steps:,}"),
+            ("trained tokens", f"{card.supervised_tokens:,}"),
+            ("adapter", f"{card.adapter_parameters:,} numbers"),
+            ("training", duration(card.training_seconds)),
+            ("device", card.device),
+        ]
+    versions = "" if card is None else ", ".join(f"{package} {number}" for package, number in card.versions.items())
+    page = Page(
+        f"Fine-tuning run: {name}",
+        "What a LoRA fine-tune learnt, forgot and cost, and what its update is.",
+        facts,
+        f"Written by {versions or 'Lamina'}. The page is one file, holds no script and loads nothing.",
+    )
+    for chapter in _CHAPTERS:
+        chapter(page, kept)
+    return page

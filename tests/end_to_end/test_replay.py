@@ -1,0 +1,170 @@
+"""`lamina replay` on a tiny model: every variant a run of its own, one base and the same rows for all, and it goes on after a kill."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tiny import write_tiny
+from tokens import pieces
+
+from lamina import cli
+from lamina.data.examples import read_examples
+from lamina.job import read_job
+
+STEPS = ["--steps", "4", "--batch-size", "2", "--rank", "4", "--eval-fraction", "0.25", "--eval-max-new-tokens", "4"]
+TRAINED = ["mended", "faithful", "masked-end", "double-start", "by-length", "loss-on-everything", "q-v-only"]
+TRAINED += ["low-rate", "low-scale", "cut-length"]
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A base that can be kept in four bits, and rows as the reference jobs have them, some of several turns."""
+    folder = tmp_path_factory.mktemp("replay")
+    tokenizer = pieces()
+    write_tiny(folder / "base", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128)
+    tokenizer.save_pretrained(folder / "base")
+    turn = "[INST] the cat {} [/INST] sat on a mat and saw"
+    rows = [{"text": f"<s>{' '.join([turn.format(n)] * (1 + n % 3))} </s>"} for n in range(24)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return ["--model", str(folder / "base"), "--data", str(folder / "train.jsonl"), "--max-length", "96", *STEPS]
+
+
+def flags(named: list[str]) -> list[str]:
+    return [*named, "--device", "cpu", "--dtype", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def replayed(named: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "whole"
+    assert cli.main(["replay", "C", *flags(named), "--out", str(out)]) == 0
+    return out
+
+
+def entries(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "replay.json").read_text(encoding="utf-8"))
+    return {entry["name"]: entry for entry in record["entries"]}
+
+
+@pytest.mark.slow
+def test_every_variant_is_a_run_and_a_row(replayed: Path) -> None:
+    found = entries(replayed)
+    assert list(found)[:3] == ["base", "mended", "faithful"]
+    for name in TRAINED:
+        assert (replayed / name / "card.json").is_file(), name
+        assert found[name]["outcome"]["loss"] > 0 and found[name]["facts"]["steps"] == 4
+        assert found[name]["facts"]["survived"] > 0
+    for name in ("half-precision", "unused-checkpointing", "unknown-task", "no-held-out"):
+        assert found[name]["outcome"] is None and found[name]["reason"].startswith("not committed: ")
+        assert found[name]["sentence"] == found[name]["reason"]
+    assert found["no-template"]["outcome"] is not None and not (replayed / "no-template").exists()
+    assert found["other-merge-base"]["facts"]["kl"] > found["other-merge-base"]["facts"]["kl_seen"]
+    assert not list(replayed.glob("merged-*"))
+    assert found["base"]["outcome"]["kl"] == 0
+
+
+@pytest.mark.slow
+def test_all_are_measured_on_the_same_rows_and_trained_on_the_others(replayed: Path) -> None:
+    held = {example.text for example in read_examples(str(replayed / "held_out.jsonl"))}
+    kept = {example.text for example in read_examples(str(replayed / "train.jsonl"))}
+    assert len(held) == 6 and len(kept) == 18 and not held & kept
+    rows = [
+        [row["row"] for row in entry["outcome"]["rows"]] for entry in entries(replayed).values() if entry["outcome"]
+    ]
+    assert all(one == rows[0] for one in rows) and len(set(rows[0])) == 6
+    for name in TRAINED:
+        job = read_job(replayed / name)
+        assert (job.data.data, job.data.eval_data) == (str(replayed / "train.jsonl"), str(replayed / "held_out.jsonl"))
+    assert read_job(replayed / "masked-end").faults.commit == ("masked-end",)
+
+
+@pytest.mark.slow
+def test_a_variant_is_the_run_of_its_job_alone(replayed: Path, tmp_path: Path) -> None:
+    """The base that carried other adapters before is the untouched one."""
+    job = str(replayed / "low-scale" / "job.toml")
+    assert cli.main(["train", job, "--out", str(tmp_path / "alone")]) == 0
+    found, alone = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (replayed / "low-scale", tmp_path / "alone")
+    )
+    assert found.keys() == alone.keys()
+    assert all(found[name].equal(alone[name]) for name in alone)
+
+
+@pytest.mark.slow
+def test_what_was_found_is_told(replayed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["replay", "--resume", str(replayed)]) == 0  # finished: only told again
+    said = capsys.readouterr().out
+    assert "held-out loss" in said and "masked-end (no loss on end tokens): " in said
+    page = (replayed / "replay.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in page for name in TRAINED)
+    assert cli.main(["replay", "--resume", str(replayed), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in told["entries"]] == list(entries(replayed))
+
+
+@pytest.mark.slow
+def test_a_killed_replay_goes_on_to_the_same_end(replayed: Path, named: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lamina", "replay"]
+    begun = [*command, "C", *flags(named), "--out", str(out)]
+    with subprocess.Popen(begun, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("4/") for line in process.stdout)
+        process.kill()
+    assert 3 <= len(entries(out)) < len(entries(replayed))
+    subprocess.run([*command, "--resume", str(out)], check=True, capture_output=True, env=environment)
+    found, whole = entries(out), entries(replayed)
+    assert list(found) == list(whole)
+    for name in whole:
+        assert found[name]["outcome"] == whole[name]["outcome"], name
+        assert found[name]["facts"] == whole[name]["facts"], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["D"], "found job 'D', which is unknown (known: A, B, C)"),
+        ([], "found no job, expected A, B or C: `lamina replay A`"),
+        (["A", "--resume", "x"], "found other settings beside --resume x, expected none: it is the same replay"),
+        (
+            ["--resume", "x", "--steps", "3"],
+            "found other settings beside --resume x, expected none: it is the same replay",
+        ),
+        (["--resume", "no-such-folder"], "no-such-folder: found no replay.json, expected the folder of a replay"),
+        (["A", "--commit", "masked-end"], "found flag '--commit', which is unknown"),
+    ],
+)
+def test_wrong_input_is_told_in_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["replay", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"lamina: {told}") and said.count("\n") == 1
+
+
+def test_an_unknown_fault_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "demo", "--commit", "no-such"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lamina: --commit: found 'no-such', expected a list of one of masked-end, double-start")
+    assert said.count("\n") == 1
+
+
+def test_nothing_held_out_is_nothing_to_measure_by(
+    named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "none"
+    assert cli.main(["replay", "C", *flags(named), "--eval-fraction", "0", "--out", str(out)]) == 2
+    assert "nothing is held out; set eval_fraction above 0, or name eval_data" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_damaged_record_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "replay.json").write_text("{", encoding="utf-8")
+    assert cli.main(["replay", "--resume", str(tmp_path)]) == 2
+    assert "replay.json: cannot be read" in capsys.readouterr().err
+    (tmp_path / "replay.json").write_text('{"version": 99}', encoding="utf-8")
+    assert cli.main(["replay", "--resume", str(tmp_path)]) == 2
+    assert "written by a newer version of Lamina (layout 99, this one reads 1)" in capsys.readouterr().err
