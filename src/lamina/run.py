@@ -4,71 +4,42 @@
 close with the card. What happens between two steps (evaluation, saving, stopping) is the body of one loop.
 """
 
-import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from lamina import jobfile, jobs
+from lamina import jobfile
 from lamina.adapter import attach
-from lamina.adapter_files import fingerprint, save_adapter
-from lamina.data.prepare import Prepared
 from lamina.doctor.checkup import diagnose
-from lamina.errors import ConfigError, Error, TrainingError
-from lamina.evaluation import Answers, Scores, answers, score
+from lamina.errors import ConfigError, Error
+from lamina.evaluation import answers
 from lamina.job import (
     SECTIONS,
     Job,
     base_folder,
     check,
     new_folder,
-    order_of,
     prepare_data,
     read_job,
-    settings_fingerprint,
 )
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import pick_device
-from lamina.observing import Observing
 from lamina.opened import Opened, card_of, measured, open_run, stops
-from lamina.planning import Planned, compared, plan_run
+from lamina.planning import compared, plan_run
 from lamina.report.about import about
 from lamina.report.opening import data_lines, time_line, training_lines
-from lamina.report.record import Record, write_json, write_text
+from lamina.report.record import write_json, write_text
 from lamina.reporting import close
 from lamina.training.available import Meter
-from lamina.training.finite import damage
-from lamina.training.interrupt import Interrupts
-from lamina.training.loop import State, Step, memory_told, rehearse, start, train
-from lamina.training.resume import Progress, has_state, load_state, locked, save_state
+from lamina.training.loop import memory_told, start
+from lamina.training.resume import has_state, locked
 from lamina.training.stopwatch import Stopwatch
+from lamina.under_way import CHANGEABLE, Show, Silent, UnderWay
 from lamina.understand.card import Asked, Card
-
-CHANGEABLE = ("read_ahead", "save_every", "memory_gib", "checkpoint_layers", "offload_checkpoints")
-"""Settings that a resumed run may change, because they change nothing of its result."""
-
-
-@runtime_checkable  # so that the tests can check the annotations that name it
-class Show(Protocol):
-    """Where a run tells what it does."""
-
-    def line(self, text: str) -> None: ...
-    def start(self, steps: int, done: int) -> None: ...
-    def step(self, step: Step) -> None: ...
-    def evaluation(self, step: int, loss: float) -> None: ...
-
-
-class Silent:
-    """Shows nothing."""
-
-    def line(self, text: str) -> None: ...
-    def start(self, steps: int, done: int) -> None: ...
-    def step(self, step: Step) -> None: ...
-    def evaluation(self, step: int, loss: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -173,7 +144,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
     with memory_told(), watch("load"):
         model = loaded or job.model.load(base)
     attach(model, job.adapter, job.head.seed)
-    run = _Run(job, folder, base, model, data, start(model, job.train), show, watch)
+    run = UnderWay(job, folder, base, model, data, start(model, job.train), show, watch)
     for line in training_lines(model, job.model.model, job.train, run.steps, run.every if len(data.held_out) else None):
         show.line(line)
     stop = stops(base, tokenizer, job.data.template)
@@ -190,141 +161,6 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
     write_json(folder / "card.json", told | more | card.as_json())
     close(model, folder, base, data.held_out, job.train.portion, show.line)
     return Result(folder, card)
-
-
-class _Run:
-    """A run under way: what the loop's body needs at hand."""
-
-    def __init__(
-        self,
-        job: Job,
-        folder: Path,
-        base: Path,
-        model: Decoder,
-        data: Prepared,
-        state: State,
-        show: Show,
-        watch: Stopwatch,
-    ) -> None:
-        self.job, self.folder, self.model, self.data, self.state, self.show = job, folder, model, data, state, show
-        self.watch = watch
-        self.base_scores: Scores | None = None  # of the evaluations before the first step and after the last one,
-        self.last_scores: Scores | None = None  # as far as this process has made them
-        shipped = job.model.model.startswith(jobs.PREFIX)
-        self.base_name = str(base.resolve()) if shipped else job.model.model  # PEFT knows nothing of what Lamina ships
-        self.progress = Progress()
-        self.steps = job.train.total_steps(len(data.train))
-        self.every = job.watch.eval_every or max(1, -(-self.steps // 5))
-        self.origin = {
-            "training rows": data.train.fingerprint,
-            "held-out rows": data.held_out.fingerprint,
-            "base model": fingerprint(model),
-            "settings": settings_fingerprint(job, CHANGEABLE),
-        }
-
-    def train(self, resuming: bool, planned: Planned, ask: Callable[[], Answers | None]) -> list[str]:
-        """Trains to the end, from the beginning or from the saved state, and returns what the ledger says in words.
-
-        Args:
-            ask: answers the sample prompts with the model as it is; None where there are none.
-        """
-        self.ask, lengths = ask, self.data.train.lengths
-        if resuming:
-            self.progress = load_state(self.folder, self.model, self.state, self.origin)
-            self.watch.add(self.progress.seconds)
-            self.show.line(f"resuming {self.folder} after step {self.state.step} of {self.steps}")
-        after = self.state.step if resuming else None
-        with (
-            Record(self.folder, after) as record,
-            Observing(
-                self.folder, self.job, self.model, self.state, lengths, record, self.show.line, after
-            ) as self.observing,
-        ):
-            self.show.start(self.steps, self.state.step)
-            if not resuming:
-                self.before_first_step(record, planned)
-            with Interrupts() as interrupts, self.watch("training"):
-                self.steps_to_the_end(record, interrupts)
-        if self.progress.best_loss is not None:
-            best = f"best held-out loss {self.progress.best_loss:.4f}, at step {self.progress.best_step}"
-            self.show.line(f"{best}: {self.folder / 'best'}")
-        return self.observing.notes
-
-    def steps_to_the_end(self, record: Record, interrupts: Interrupts) -> None:
-        """The loop: what happens between two steps, in order."""
-        patience = self.job.watch.patience
-        order = order_of(self.job, self.data.train.lengths)
-        steps = train(self.model, self.data.train, self.job.train, self.state, self.job.head.seed, order)
-        for step in () if self.progress.out_of(patience) else steps:
-            record.step(step)
-            self.observing.step(step)
-            self.show.step(step)
-            last = step.step == self.steps
-            if step.step % self.every == 0 or last:
-                with self.watch("evaluations"):
-                    self.evaluate(record)
-            stop = self.progress.out_of(patience)
-            if last or stop or interrupts.requested or step.step % self.job.watch.save_every == 0:
-                with self.watch("saving"):
-                    self.save()
-            if stop:
-                self.show.line(f"stopped early: {patience} evaluations without a better one")
-                break
-            if interrupts.requested and not last:
-                raise KeyboardInterrupt(
-                    f"interrupted after step {step.step} of {self.steps}; everything is saved; "
-                    f"go on with: lamina train --resume {self.folder}"
-                )
-
-    def before_first_step(self, record: Record, planned: Planned) -> None:
-        """Meets the longest examples now rather than hours later, and measures the untouched base."""
-        with self.watch("training"):
-            rehearse(self.model, planned.heaviest, self.job.train)
-        self.show.line(
-            f"the heaviest micro-batch of the run ({len(planned.heaviest.tokens):,} tokens) was computed once: it fits"
-        )
-        with self.watch("base_evaluation"):
-            self.evaluate(record)
-        with self.watch("saving"):
-            self.save_state()
-
-    def evaluate(self, record: Record) -> None:
-        """Measures the held-out loss, records it, and keeps the adapter if it is the best so far."""
-        if not len(self.data.held_out):
-            return
-        scores = score(self.model, self.data.held_out, self.job.train.portion)
-        found = scores.evaluation
-        if not math.isfinite(found.loss):
-            advice = damage(self.model) or "lower the learning rate, or look at the held-out rows"
-            raise TrainingError(
-                f"step {self.state.step}: the held-out loss is not finite; nothing of this step is saved; {advice}"
-            )
-        record.evaluation(self.state.step, found.loss, found.tokens)
-        self.show.evaluation(self.state.step, found.loss)
-        self.observing.evaluation(self.ask())
-        if not self.state.step:
-            self.base_scores = scores
-        else:
-            self.last_scores = scores
-            self.progress = self.progress.after(self.state.step, found.loss)
-            if self.progress.best_step == self.state.step:
-                self.save_adapter("best")
-
-    def save(self) -> None:
-        """Saves the adapter as it is, and everything that decides the next step."""
-        self.save_adapter("adapter")
-        self.observing.save()
-        self.save_state()
-
-    def save_state(self) -> None:
-        """Saves everything that decides the next step, and the time that was spent so far."""
-        progress = replace(self.progress, seconds=dict(self.watch.seconds))
-        save_state(self.folder, self.model, self.state, progress, self.origin)
-
-    def save_adapter(self, name: str) -> None:
-        """Saves the adapter in PEFT's format."""
-        settings = self.job.model
-        save_adapter(self.model, self.folder / name, self.job.adapter, self.base_name, settings.revision)
 
 
 __all__ = ["CHANGEABLE", "SECTIONS", "Job", "Opened", "Result", "Show", "card_of", "fine_tune", "open_run", "resume"]

@@ -27,7 +27,7 @@ LAYERS = (
     {"understand"},
     {"settings", "jobfile", "jobs", "job", "report"},
     {"opened", "policies", "merging", "explaining", "comparing", "ways_out", "planning", "doctor", "observing"}
-    | {"reporting", "run", "variants", "replaying"},
+    | {"reporting", "under_way", "run", "variants", "replaying"},
     {"cli", "commands", "__main__"},
     {""},  # lamina/__init__.py, the public surface
 )
