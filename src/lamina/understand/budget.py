@@ -19,7 +19,6 @@ Sizes are rounded down to powers of two, so that runs of about the same length a
 and can be compared.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,4 +99,5 @@ def lengths_of(rows: TokenStore | Sequence[Rendered]) -> NDArray[np.int64]:
 
 def _within(number: float, bounds: tuple[int, int]) -> int:
     """The largest power of two in the number, within bounds, which are such powers themselves."""
-    return min(max(2 ** math.floor(math.log2(max(number, 1))), bounds[0]), bounds[1])
+    power = 1 << (max(int(number), 1).bit_length() - 1)
+    return min(max(power, bounds[0]), bounds[1])
