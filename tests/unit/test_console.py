@@ -145,6 +145,20 @@ def test_the_base_stands_beside_the_adapter() -> None:
     assert "Where does Ada live? Once upon a time Oslo Oslo" in lines
 
 
+def test_the_change_and_what_else_there_is_to_say() -> None:
+    stream = io.StringIO()
+    before_after(
+        [("loss", "2.0", "1.5", "-0.5 [-0.6, -0.4]")], [("p", "", "a", "b")], stream, ["learnt most: " + HOSTILE]
+    )
+    lines = [" ".join(line.split()) for line in stream.getvalue().splitlines() if line.strip()]
+    assert lines[0] == "base adapter change [95 % interval]"
+    assert "loss 2.0 1.5 -0.5 [-0.6, -0.4]" in lines
+    assert lines.index("prompt base adapter") > next(
+        n for n, line in enumerate(lines) if line.startswith("learnt most")
+    )
+    assert not set("\x1b\x9b\r\x07\u202e") & set(stream.getvalue())
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(8.4, "8 s"), (200.0, "3 min 20 s"), (7500.0, "2 h 05 min"), (59.6, "1 min 00 s")]
 )

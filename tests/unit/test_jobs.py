@@ -86,3 +86,10 @@ def test_a_job_survives_the_way_through_its_file() -> None:
     text = jobfile.dump(job.sections())
     again = build(WHOLE, read_toml({k: v for k, v in tomllib.loads(text).items() if k != "version"}, WHOLE, "job.toml"))
     assert Job.of(again) == job
+
+
+def test_the_neutral_text_is_plain_prose() -> None:
+    text = jobs.path("lamina:neutral.txt").read_text(encoding="utf-8")
+    assert 2000 <= len(text.split()) <= 4000
+    assert text.isascii() and len(text.split("\n\n")) >= 20
+    assert all(len(paragraph.split()) >= 5 for paragraph in text.split("\n\n"))

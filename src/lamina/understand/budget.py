@@ -14,9 +14,11 @@ The estimate is on the high side: answers mostly end before the limit, and the r
 most, beyond which its numbers get no better, and a least, below which they say nothing: where the run has fewer than some
 100,000 training tokens the leasts decide, and the card takes the time of some thousand tokens. The held-out loss itself,
 before and after, is an evaluation of the run, over all rows. ``eval_samples`` is obeyed when it is set.
+
+Sizes are rounded down to powers of two, so that runs of about the same length are measured on the same rows and the same text,
+and can be compared.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from lamina.data.render import Rendered
 from lamina.data.store import TokenStore
 from lamina.evaluation import Evaluating
+from lamina.neutral import NEUTRAL_TOKENS
 from lamina.training.loop import Training
 
 SHARE = 0.1
@@ -37,7 +40,7 @@ STEP, WRITTEN = 50, 2
 
 SAMPLES = (4, 64)
 TOKENS = (256, 16_384)
-"""Least and most tokens of held-out rows for KL; also the least of neutral text, whose most is read from its file."""
+"""Least and most tokens of held-out rows for KL; also the least of neutral text."""
 
 DOSE_TOKENS = (128, 8_192)
 NEW_SCALES = 5
@@ -74,7 +77,7 @@ def sizes(settings: Evaluating, training: Training, train: TokenStore, held_out:
         samples=_within(affordable, SAMPLES) if samples is None else samples,
         new_tokens=limit,
         compared=_within(COMPARED * budget / 2, TOKENS),
-        neutral=max(TOKENS[0], math.floor(NEUTRAL * budget / 2)),
+        neutral=_within(NEUTRAL * budget / 2, (TOKENS[0], NEUTRAL_TOKENS)),
         dosed=_within(DOSED * budget / (2 * NEW_SCALES), DOSE_TOKENS),
     )
 
@@ -95,4 +98,6 @@ def lengths_of(rows: TokenStore | Sequence[Rendered]) -> NDArray[np.int64]:
 
 
 def _within(number: float, bounds: tuple[int, int]) -> int:
-    return min(max(math.floor(number), bounds[0]), bounds[1])
+    """The largest power of two in the number, within bounds, which are such powers themselves."""
+    power = 1 << (max(int(number), 1).bit_length() - 1)
+    return min(max(power, bounds[0]), bounds[1])

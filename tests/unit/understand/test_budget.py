@@ -7,6 +7,7 @@ import pytest
 
 from lamina.data.store import TokenStore
 from lamina.evaluation import Evaluating
+from lamina.neutral import NEUTRAL_TOKENS
 from lamina.training.loop import Training
 from lamina.understand.budget import (
     DOSE_TOKENS,
@@ -44,7 +45,7 @@ def test_the_card_costs_a_tenth_of_the_training_at_most(rows: int, tokens: int) 
 def test_a_longer_run_measures_more_up_to_a_most() -> None:
     train, held_out = store(1000, 200), store(50, 200)
     short, long, endless = (
-        sizes(Evaluating(), Training(steps=steps), train, held_out) for steps in (1, 150, 10_000_000)
+        sizes(Evaluating(), Training(steps=steps), train, held_out) for steps in (1, 250, 10_000_000)
     )
     for name in ("samples", "compared", "neutral", "dosed"):
         assert getattr(short, name) < getattr(long, name) < getattr(endless, name), name
@@ -54,10 +55,22 @@ def test_a_longer_run_measures_more_up_to_a_most() -> None:
         TOKENS[0],
         DOSE_TOKENS[0],
     )
-    assert (endless.samples, endless.compared, endless.dosed) == (SAMPLES[1], TOKENS[1], DOSE_TOKENS[1])
+    assert (endless.samples, endless.compared, endless.neutral, endless.dosed) == (
+        SAMPLES[1],
+        TOKENS[1],
+        NEUTRAL_TOKENS,
+        DOSE_TOKENS[1],
+    )
     assert sizes(Evaluating(), Training(epochs=4.0), train, held_out) == sizes(
         Evaluating(), Training(steps=500), train, held_out
     ), "4 × 1,000 rows are 500 steps of 8"
+
+
+def test_runs_of_about_the_same_length_are_measured_on_the_same_rows() -> None:
+    train, held_out = store(1000, 200), store(50, 200)
+    one, other = (sizes(Evaluating(), Training(steps=steps), train, held_out) for steps in (300, 320))
+    assert one == other
+    assert one.compared.bit_count() == one.neutral.bit_count() == one.dosed.bit_count() == one.samples.bit_count() == 1
 
 
 @pytest.mark.parametrize("samples", [0, 3, 500])
