@@ -21,9 +21,6 @@ from lamina.job import Job
 from lamina.model.architecture import Architecture
 from lamina.planning import Planned
 
-_WHITE = {"<0x09>", "<0x0A>", "<0x0D>"}
-"""Bytes that Llama's tokenizer has no other token for, and that every text holds."""
-
 MANY_BYTES = 0.3
 """Share of byte tokens above which a row is named: it is written in letters that the tokenizer does not know."""
 
@@ -38,7 +35,7 @@ class Counts:
     Args:
         tokens, learnt: of the training rows; ``byte`` are those that stand for a byte of a character without a token.
         unknown_rows: rows that hold the token for what is unknown, ``byte_rows`` those with many byte tokens.
-        no_start_rows: rows that begin without the token that begins a text, ``double_start_rows`` with two of them.
+        no_start_rows: rows that begin without the token that begins a text, ``double_start_rows`` hold a second one in one block.
         repeats: training rows whose tokens stand in an earlier one.
         shared_prompts: held-out rows whose prompt also stands in training.
         texts: the beginnings of some rows that are learnt from their first token.
@@ -142,7 +139,7 @@ class _Tokens:
 
     def __init__(self, tokenizer: Any) -> None:
         names: Sequence[str] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        self.start: int | None = tokenizer.bos_token_id
+        self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.kinds: NDArray[np.int64] = np.array([_is_byte(name) for name in names], dtype=np.int64)
         if (unknown := tokenizer.unk_token_id) not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
             self.kinds[unknown] = 2
@@ -153,13 +150,21 @@ class _Tokens:
             yield "unknown"
         if kinds[1] > MANY_BYTES * len(row.tokens):
             yield "byte"
-        if self.start is not None:
-            begins = row.tokens[:2] == self.start
-            if not begins[0]:
+        if self.start is not None and self.start != self.end:
+            if row.tokens[0] != self.start:
                 yield "no start"
-            elif begins.all() and len(begins) == 2:
+            if self._starts_again(row.tokens):
                 yield "double start"
+
+    def _starts_again(self, tokens: NDArray[np.int32]) -> bool:
+        """Whether a start token follows another one with no end token between them."""
+        starts = np.flatnonzero(tokens == self.start)
+        if len(starts) < 2:
+            return False
+        ends_before = np.searchsorted(np.flatnonzero(tokens == self.end), starts)
+        return bool((np.diff(ends_before) == 0).any())
 
 
 def _is_byte(name: str | None) -> bool:
-    return name is not None and len(name) == 6 and name.startswith("<0x") and name not in _WHITE
+    """Whether a token is a byte of a character outside ASCII, which for these lies in a single byte."""
+    return name is not None and len(name) == 6 and name.startswith("<0x") and name[3] in "89ABCDEF"
