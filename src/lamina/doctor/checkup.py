@@ -115,6 +115,7 @@ class _Examination:
             except DataError as error:
                 self.refuse("template", error)
                 self.job = replace(self.job, data=replace(self.job.data, template=None))
+                self.know(chat=chat_format(self.tokenizer))
             except ModelError as error:
                 self.refuse("tokenizer", error)
 

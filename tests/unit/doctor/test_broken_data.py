@@ -1,13 +1,14 @@
 """Deliberately broken data sets, each with the finding that must name it; and clean ones, in which nothing is found."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from patients import write_rows
 from tiny import write_tiny
 from tokens import pieces
 
@@ -20,6 +21,8 @@ from lamina.model.weights import ModelSettings
 from lamina.training.loop import Training
 
 Rows = list[Any]
+# Wide enough that an adapter of rank 8 holds what 500 rows say.
+SIZE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": len(pieces()), "max_position_embeddings": 2048}
 # Llama-2's template, but that it drops a system prompt.
 DROPS = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
@@ -35,7 +38,7 @@ NO_END = DROPS.replace(" + ' ' + eos_token", "")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_tiny(tmp_path_factory.mktemp("base"), vocab_size=len(pieces()), max_position_embeddings=2048)
+    folder = write_tiny(tmp_path_factory.mktemp("base"), **SIZE)
     pieces(DROPS).save_pretrained(folder)
     return folder
 
@@ -43,13 +46,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clean(number: int = 480) -> Rows:
     """Questions and answers without a fault."""
     return [{"question": f"what is {n} and two?", "answer": f"it is {n + 2}, and it was good"} for n in range(number)]
-
-
-def write(path: Path, rows: Rows) -> str:
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
-    )
-    return str(path)
 
 
 def job_of(base: Path, data: str, training: Training | None = None, lora: LoRA | None = None, **changes: Any) -> Job:
@@ -73,12 +69,12 @@ class Broken(NamedTuple):
     rule: str
     grade: str
     rows: tuple[int, ...] = ()
-    changes: dict[str, Any] = {}
+    changes: Mapping[str, Any] = MappingProxyType({})
 
 
 def put(at: int, row: Any) -> Callable[[Rows], Rows]:
     """Puts a row in the place of another, counted from 1."""
-    return lambda rows: rows[: at - 1] + [row] + rows[at:]
+    return lambda rows: [*rows[: at - 1], row, *rows[at:]]
 
 
 def chat(*contents: str, system: str = "") -> dict[str, Any]:
@@ -152,12 +148,12 @@ def test_what_is_broken_is_named(name: str, base: Path, tmp_path: Path) -> None:
         (tmp_path / "own.jinja").write_text(template, encoding="utf-8")
         changes["template"] = str(tmp_path / "own.jinja")
     if own := changes.pop("own", None):
-        base = write_tiny(tmp_path / "base", vocab_size=len(pieces()), max_position_embeddings=2048)
+        base = write_tiny(tmp_path / "base", **SIZE)
         pieces(own).save_pretrained(base)
     if vocabulary := changes.pop("vocabulary", None):
-        base = write_tiny(tmp_path / "base", vocab_size=vocabulary, max_position_embeddings=2048)
+        base = write_tiny(tmp_path / "base", **SIZE | {"vocab_size": vocabulary})
         pieces().save_pretrained(base)
-    told = found(base, write(tmp_path / "rows.jsonl", case.how(clean())), **changes)
+    told = found(base, write_rows(tmp_path / "rows.jsonl", case.how(clean())), **changes)
     assert case.rule in told, sorted(told)
     assert told[case.rule].grade == case.grade
     if case.rows:
@@ -170,19 +166,22 @@ def test_broken_rows_do_not_hide_the_others(base: Path, tmp_path: Path) -> None:
     rows = clean()
     rows[3], rows[4], rows[5] = "{", "{", {"frage": 1}
     rows[9] = {"question": "what?", "answer": "good mat " * 900}
-    told = check(job_of(base, write(tmp_path / "rows.jsonl", rows))).diagnosis.findings
+    told = check(job_of(base, write_rows(tmp_path / "rows.jsonl", rows))).diagnosis.findings
     assert [(f.rule, f.rows) for f in told if f.grade == "error"] == [("broken-rows", (4, 5)), ("broken-rows", (6,))]
     assert "wildly-long-rows" in {finding.rule for finding in told}
 
 
 def test_rows_of_the_wrong_kind_are_not_read_to_their_end(base: Path, tmp_path: Path) -> None:
-    told = found(base, write(tmp_path / "rows.jsonl", [{"frage": "what?"}] * 5000))
+    told = found(base, write_rows(tmp_path / "rows.jsonl", [{"frage": "what?"}] * 5000))
     assert list(told) == ["broken-rows"]
     assert len(told["broken-rows"].rows) == 1000
 
 
 def test_own_held_out_rows_that_also_stand_in_training(base: Path, tmp_path: Path) -> None:
-    data, held = write(tmp_path / "a.jsonl", clean()), write(tmp_path / "b.jsonl", clean(30) + clean(500)[480:])
+    data, held = (
+        write_rows(tmp_path / "a.jsonl", clean()),
+        write_rows(tmp_path / "b.jsonl", clean(30) + clean(500)[480:]),
+    )
     told = found(base, data, eval_data=held)
     assert told["in-both-splits"].found == "30 held-out rows left out, for the same text stands in training"
 
@@ -191,7 +190,12 @@ WORDS = st.sampled_from("the cat sat on a mat and saw that it was good Hello wor
 SENTENCES = st.lists(WORDS, min_size=4, max_size=12).map(" ".join)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=6,
+    deadline=None,
+    phases=[Phase.reuse, Phase.generate],  # every example reads 480 rows: shrinking would take minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     pairs=st.lists(st.tuples(SENTENCES, SENTENCES), min_size=4, max_size=8),
     form=st.sampled_from(["pair", "messages", "text"]),
@@ -204,4 +208,4 @@ def test_nothing_is_found_in_clean_data(pairs: list[tuple[str, str]], form: str,
         "messages": lambda q, a: chat(q, a, f"and {q}", f"so {a}"),
         "text": lambda q, a: {"text": f"{q} {a}"},
     }[form]
-    assert found(base, write(tmp_path / "rows.jsonl", [made(q, a) for q, a in numbered])) == {}
+    assert found(base, write_rows(tmp_path / "rows.jsonl", [made(q, a) for q, a in numbered])) == {}
