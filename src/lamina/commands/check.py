@@ -58,11 +58,12 @@ def _read(given: argparse.Namespace) -> tuple[Job, list[Finding]]:
         found, _, mend = str(error).partition("; ")
         return job, [Finding("data", "error", found, "the run would be refused", mend)]
     except ConfigError as error:
-        rest = salvaged(given.job, given)
+        rest, problems = salvaged(given.job, given)
         if rest is None:
             raise
-        mend = "correct or remove these settings; the findings below are those of the job without them"
-        return rest, [Finding("settings", "error", str(error), "the run would be refused", mend)]
+        told = [str(error), *(problem for problem in problems if problem.split(": ", 1)[1] not in str(error))]
+        mend = "correct or remove it; the other findings are those of the job without it"
+        return rest, [Finding("settings", "error", problem, "the run would be refused", mend) for problem in told]
     return job, []
 
 

@@ -5,7 +5,8 @@ here in one pass over the stores of the run, which are in memory or in the page 
 rules that count find nothing in it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +22,11 @@ from lamina.job import Job
 from lamina.model.architecture import Architecture
 from lamina.planning import Planned
 
-_WHITE = {"<0x09>", "<0x0A>", "<0x0D>"}
-"""Bytes that Llama's tokenizer has no other token for, and that every text holds."""
-
 MANY_BYTES = 0.3
 """Share of byte tokens above which a row is named: it is written in letters that the tokenizer does not know."""
+
+NO_PROMPT = 0
+"""Stands for the prompt of a row that has none."""
 
 SAMPLED = 64
 """Plain texts that are looked at for the marks of a dialogue."""
@@ -38,7 +39,7 @@ class Counts:
     Args:
         tokens, learnt: of the training rows; ``byte`` are those that stand for a byte of a character without a token.
         unknown_rows: rows that hold the token for what is unknown, ``byte_rows`` those with many byte tokens.
-        no_start_rows: rows that begin without the token that begins a text, ``double_start_rows`` with two of them.
+        no_start_rows: rows that begin without the token that begins a text, ``double_start_rows`` hold a second one in one block.
         repeats: training rows whose tokens stand in an earlier one.
         shared_prompts: held-out rows whose prompt also stands in training.
         texts: the beginnings of some rows that are learnt from their first token.
@@ -96,11 +97,11 @@ class Case:
 
 
 def count(data: Prepared, tokenizer: Any) -> Counts:
-    """Counts what the tokens tell, in one pass."""
+    """Counts what the tokens tell, in one pass; it keeps two numbers a row."""
     of = _Tokens(tokenizer)
     tokens = learnt = byte = unknown = 0
-    about: dict[str, list[int]] = {name: [] for name in ("unknown", "byte", "no start", "double start", "repeated")}
-    seen, prompts = set[bytes](), set[bytes]()
+    about: dict[str, list[int]] = {name: [] for name in ("unknown", "byte", "no start", "double start")}
+    contents, prompts, numbers = array("q"), array("q"), array("q")
     texts: list[str] = []
     for row in data.train:
         kinds = np.bincount(of.kinds[row.tokens], minlength=3)
@@ -108,13 +109,16 @@ def count(data: Prepared, tokenizer: Any) -> Counts:
         byte, unknown = byte + int(kinds[1]), unknown + int(kinds[2])
         for name in of.about(row, kinds):
             about[name].append(row.row)
-        if (content := row.tokens.tobytes()) in seen:
-            about["repeated"].append(row.row)
-        seen.add(content)
-        prompts.update(_prompt(row))
+        contents.append(hash(row.tokens.tobytes()))
+        prompts.append(_prompt(row))
+        numbers.append(row.row)
         if row.trained[1:2].all() and len(texts) < SAMPLED:
             texts.append(str(tokenizer.decode(row.tokens[:256].tolist())))
-    rows = {name: tuple(dict.fromkeys(numbers)) for name, numbers in about.items()}
+    rows = {name: tuple(dict.fromkeys(found)) for name, found in about.items()}
+    again = np.ones(len(numbers), dtype=np.bool_)
+    again[np.unique(contents, return_index=True)[1]] = False
+    held = [(row.row, _prompt(row)) for row in data.held_out]
+    shared = np.isin([prompt for _, prompt in held], np.setdiff1d(prompts, [NO_PROMPT]))
     return Counts(
         tokens=tokens,
         learnt=learnt,
@@ -124,26 +128,26 @@ def count(data: Prepared, tokenizer: Any) -> Counts:
         byte_rows=rows["byte"],
         no_start_rows=rows["no start"],
         double_start_rows=rows["double start"],
-        repeats=rows["repeated"],
-        shared_prompts=tuple(row.row for row in data.held_out if not prompts.isdisjoint(_prompt(row))),
+        repeats=tuple(np.array(numbers)[again].tolist()),
+        shared_prompts=tuple(row for (row, _), stands in zip(held, shared, strict=True) if stands),
         texts=tuple(texts),
     )
 
 
-def _prompt(row: Rendered) -> Iterator[bytes]:
-    """The tokens before the first that is learnt, where they are more than a beginning."""
+def _prompt(row: Rendered) -> int:
+    """Tells the prompts of rows apart: the tokens before the first that is learnt, where they are more than a beginning."""
     first = int(row.trained.argmax())
-    if first > 1:
-        yield row.tokens[:first].tobytes()
+    return hash(row.tokens[:first].tobytes()) if first > 1 else NO_PROMPT
 
 
 class _Tokens:
     """What the ids of a tokenizer stand for: 0 text, 1 a byte, 2 the unknown."""
 
     def __init__(self, tokenizer: Any) -> None:
-        names: Sequence[str] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        self.start: int | None = tokenizer.bos_token_id
-        self.kinds: NDArray[np.int64] = np.array([_is_byte(name) for name in names], dtype=np.int64)
+        known: Mapping[str, int] = tokenizer.get_vocab()
+        self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.kinds = np.zeros(max(known.values()) + 1, dtype=np.int64)  # ids may have gaps
+        self.kinds[[index for name, index in known.items() if _is_byte(name)]] = 1
         if (unknown := tokenizer.unk_token_id) not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
             self.kinds[unknown] = 2
 
@@ -153,13 +157,21 @@ class _Tokens:
             yield "unknown"
         if kinds[1] > MANY_BYTES * len(row.tokens):
             yield "byte"
-        if self.start is not None:
-            begins = row.tokens[:2] == self.start
-            if not begins[0]:
+        if self.start is not None and self.start != self.end:
+            if row.tokens[0] != self.start:
                 yield "no start"
-            elif begins.all() and len(begins) == 2:
+            if self._starts_again(row.tokens):
                 yield "double start"
 
+    def _starts_again(self, tokens: NDArray[np.int32]) -> bool:
+        """Whether a start token follows another one with no end token between them."""
+        starts = np.flatnonzero(tokens == self.start)
+        if len(starts) < 2:
+            return False
+        ends_before = np.searchsorted(np.flatnonzero(tokens == self.end), starts)
+        return bool((np.diff(ends_before) == 0).any())
 
-def _is_byte(name: str | None) -> bool:
-    return name is not None and len(name) == 6 and name.startswith("<0x") and name not in _WHITE
+
+def _is_byte(name: str) -> bool:
+    """Whether a token is a byte of a character outside ASCII, which for these lies in a single byte."""
+    return len(name) == 6 and name.startswith("<0x") and name[3] in "89ABCDEF"

@@ -5,12 +5,14 @@ up to the weights, and goes on after everything that a run would end at.
 """
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lamina.adapter import LoRA
+from lamina.data.examples import read_examples
 from lamina.data.lengths import Cut, Lengths
 from lamina.data.prepare import Prepared
 from lamina.data.problems import Problems
@@ -19,7 +21,7 @@ from lamina.doctor import rules
 from lamina.doctor.case import Case, count
 from lamina.doctor.finding import Diagnosis, Finding
 from lamina.errors import ConfigError, DataError, Error, ModelError
-from lamina.job import Job, base_folder, prepare_data, shipped_path
+from lamina.job import Job, base_folder, prepare_data, shipped, shipped_path
 from lamina.job import check as refuse
 from lamina.model.architecture import read_config
 from lamina.model.tokenizer import load_tokenizer
@@ -89,17 +91,11 @@ class _Examination:
         self.case = Case(self.job)
 
     def refuse(self, rule: str, error: Error | str, mend: str = "") -> None:
-        """Notes what a run would end at; the message's last part is its way out."""
+        """Notes what a run would end at; where ``mend`` is not given, it is the last part of the message."""
         found, _, advice = str(error).rpartition("; ")
-        self.refused.append(
-            Finding(
-                rule,
-                "error",
-                found or str(error),
-                "the run would be refused",
-                mend or (advice if found else "see what was expected"),
-            )
-        )
+        if mend or not found:
+            found, advice = str(error), mend or "see what was expected"
+        self.refused.append(Finding(rule, "error", found, "the run would be refused", advice))
 
     def know(self, **parts: Any) -> None:
         """Adds parts to the case."""
@@ -119,6 +115,7 @@ class _Examination:
             except DataError as error:
                 self.refuse("template", error)
                 self.job = replace(self.job, data=replace(self.job.data, template=None))
+                self.know(chat=chat_format(self.tokenizer))
             except ModelError as error:
                 self.refuse("tokenizer", error)
 
@@ -133,11 +130,13 @@ class _Examination:
             try:
                 self.know(ranks=ranks_of(architecture, self.job.adapter))
             except ConfigError as error:
-                self.refuse("targets", error)
+                self.refuse(
+                    "targets", error, "--targets all-linear, or some of the names above; --rank within what fits"
+                )
             try:
                 refuse(replace(self.job, adapter=LoRA(rank=1)), self.folder)
             except ConfigError as error:
-                self.refuse("checkpoint-layers", error)
+                self.refuse("checkpoint-layers", error, "--checkpoint-layers none, which lets the plan choose")
                 self.job = replace(self.job, train=replace(self.job.train, checkpoint_layers=None))
         job = self.job
         if job.watch.patience and job.data.eval_fraction == 0 and job.data.eval_data is None:
@@ -159,11 +158,15 @@ class _Examination:
 
     def read(self) -> None:
         """The data, with what is wrong in single rows left out."""
-        if self.folder is None or self.tokenizer is None or self.case.architecture is None:
-            return
         problems = Problems(kept=True)
         try:
-            self.data = self._prepared(self.folder, problems)
+            if self.folder and self.tokenizer and self.case.architecture:
+                self.data = self._prepared(self.folder, problems)
+            else:  # their form can be examined all the same
+                data = shipped(self.job.data)
+                deque(
+                    read_examples(data.data, split=data.split, revision=data.data_revision, problems=problems), maxlen=0
+                )
         except ModelError as error:
             self.refuse("tokenizer", error)
         except DataError as error:

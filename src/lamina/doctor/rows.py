@@ -4,8 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lamina.data.forms import Example, Message
+from lamina.data.render import mark, tokens_of
 from lamina.doctor.case import Case
 from lamina.doctor.finding import Finding, counted
+from lamina.errors import DataError
 
 WILD = 20
 """A row is wildly long from so many medians on, …"""
@@ -26,7 +29,7 @@ def truncation(case: Case) -> Iterator[Finding]:
         return
     chosen = "the default" if case.job.data.max_length is None else "--max-length"
     gone = {"drop": "left out", "truncate": "cut at the end", "split": "cut into pieces"}[report.long]
-    answers = f"{report.cut_answers:,} answers cut, {report.lost_answers:,} lost"
+    answers = f"{report.cut_answers:,} {_answers(case)} cut, {report.lost_answers:,} lost"
     severe = report.cut_answers + report.lost_answers > 0
     longest = min(case.architecture.max_position if case.architecture else report.lengths[2], report.lengths[2])
     longer = f"--max-length {longest}" if longest > report.max_length else ""
@@ -70,7 +73,7 @@ def empty_answers(case: Case) -> Iterator[Finding]:
 def short_answers(case: Case) -> Iterator[Finding]:
     """Answers of one token, where others are longer."""
     lengths = case.lengths
-    sizes = lengths.stops - lengths.starts - (lengths.ended > 0)
+    sizes = lengths.stops - lengths.starts - (lengths.ended > 0) - _around(case)
     short = sizes <= 1
     if short.any() and "text" not in case.report.forms and np.median(sizes) > 4:
         yield Finding(
@@ -81,6 +84,18 @@ def short_answers(case: Case) -> Iterator[Finding]:
             "look at these rows",
             lengths.rows_of_answers(short),
         )
+
+
+def _around(case: Case) -> int:
+    """Tokens that the template writes around an answer, beside its end token: Llama-2's a space after it."""
+    if case.chat is None:
+        return 0
+    try:
+        probe = mark(Example(1, "messages", (Message("user", "a"), Message("assistant", "a"))), case.chat)
+    except DataError:
+        return 0
+    start, stop, ended = tokens_of([probe], case.chat, "answers")[0].turns[0]
+    return stop - start - ended - 1
 
 
 def long_rows(case: Case) -> Iterator[Finding]:
@@ -160,6 +175,23 @@ def nothing_held_out(case: Case) -> Iterator[Finding]:
         )
 
 
+def preferences(case: Case) -> Iterator[Finding]:
+    """Rows of pairs to prefer from, of which only a part is read."""
+    if {"chosen", "rejected"} <= set(case.report.ignored):
+        yield Finding(
+            "preference-data",
+            "warning",
+            "the columns chosen and rejected are not used: the rows are made for learning preferences (DPO)",
+            "what is learnt here is the answers in the conversation, not the chosen ones",
+            "append the chosen answer to the conversation as its last message, and leave both columns out",
+        )
+
+
+def _answers(case: Case) -> str:
+    """What the rows hold, as the account of the data calls it."""
+    return "texts" if set(case.report.forms) == {"text"} else "answers"
+
+
 RULES = (
     truncation,
     nothing_to_learn,
@@ -169,4 +201,5 @@ RULES = (
     repeated_rows,
     in_both_splits,
     nothing_held_out,
+    preferences,
 )

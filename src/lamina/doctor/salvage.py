@@ -18,14 +18,18 @@ from lamina.settings import parse_toml, read_flags, settings
 _WHOLE: dict[str, type] = {"": Head, **SECTIONS}
 
 
-def salvaged(job: str | None, flags: argparse.Namespace) -> Job | None:
-    """What of a job, or of flags alone, can be examined; None where too little is left."""
+def salvaged(job: str | None, flags: argparse.Namespace) -> tuple[Job | None, list[str]]:
+    """What of a job, or of flags alone, can be examined, and which values of known settings do not fit.
+
+    Returns:
+        None for the job where too little is left.
+    """
     values: dict[str, dict[str, Any]] = {section: {} for section in _WHOLE}
     try:
         for section, known in _known(_tables(job)).items() if job else ():
             values[section] |= known
     except ConfigError:
-        return None  # no such file, or not TOML
+        return None, []  # no such file, or not TOML
     for name, value in vars(flags).items():
         try:
             given = read_flags(argparse.Namespace(**{name: value}), _WHOLE).values
@@ -33,8 +37,9 @@ def salvaged(job: str | None, flags: argparse.Namespace) -> Job | None:
             continue
         for section in _WHOLE:
             values[section] |= given[section]
-    made = {section: _made(cls, values[section]) for section, cls in _WHOLE.items()}
-    return None if None in made.values() else Job.of(made)
+    problems: list[str] = []
+    made = {section: _made(section, values[section], problems) for section in _WHOLE}
+    return None if None in made.values() else Job.of(made), problems
 
 
 def _tables(job: str) -> Mapping[str, Any]:
@@ -55,14 +60,15 @@ def _known(tables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _made(cls: type, values: dict[str, Any]) -> Any | None:
+def _made(section: str, values: dict[str, Any], problems: list[str]) -> Any | None:
     """The section of those values that fit; None where a needed one is missing, or they contradict each other."""
     while True:
         try:
-            return cls(**values)
+            return _WHOLE[section](**values)
         except SectionError as error:
             if not (wrong := error.problems.keys() & values.keys()):
                 return None
+            problems += [f"[{section}] {name}: {text}" for name, text in error.problems.items() if name in wrong]
             values = {name: value for name, value in values.items() if name not in wrong}
         except ConfigError:
             return None

@@ -10,12 +10,12 @@ from lamina.doctor.finding import Diagnosis, Finding, Grade
 from lamina.report.console import clean
 from lamina.report.opening import marked
 
-COLOURS: dict[Grade, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold blue"}
+COLOURS: dict[Grade, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
 # Neighbouring tokens differ in shade, so that every token can be seen; what is learnt is green, what only is read is grey.
 _LEARNT, _READ, _SPECIAL = (
     ("black on green", "black on bright_green"),
-    ("white on grey23", "white on grey35"),
+    ("white on bright_black", "bright_white on black"),
     "bold white on magenta",
 )
 SHOWN = 320

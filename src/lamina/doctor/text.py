@@ -45,12 +45,12 @@ def end_token(case: Case) -> Iterator[Finding]:
 
 
 def double_start(case: Case) -> Iterator[Finding]:
-    """Rows that begin with two tokens that begin a text."""
+    """Rows with a second start token that no end token comes before."""
     if rows := case.counts.double_start_rows:
         yield Finding(
             "double-start",
             "error",
-            f"{_of(case, len(rows))} begin with two start tokens",
+            f"{_of(case, len(rows))} hold a second start token, with no end token before it",
             "the base has never seen two; it answers worse, and the prompts in use will have one",
             "leave the start token out of the template's or the rows' text: Lamina adds it",
             rows,
