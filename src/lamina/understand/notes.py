@@ -171,7 +171,7 @@ class Notes:
         return found
 
     def _named(self, chosen: NDArray[np.bool_], most: int = 4) -> str:
-        names = [f"layer {self._places[n].layer} {self._places[n].module}" for n in np.flatnonzero(chosen)]
+        names = [f"layer {self._places[n].layer} {self._places[n].module}" for n in np.flatnonzero(chosen).tolist()]
         return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
