@@ -179,6 +179,7 @@ class _Needs:
             optimizer=job.train.optimizer,
             dropout=job.adapter.dropout > 0,
             device="cuda" if device == "cuda" else "cpu",
+            ledger=job.watch.ledger_every > 0,
         )
         self.setup = in_process(setup)
         self.heaviest = lru_cache(self._heaviest)

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tiny import write_tiny
 from tokens import pieces
 
 from lamina import cli
-from lamina.report.record import read_metrics
+from lamina.report.ledger import read_ledger
+from lamina.report.record import read_metrics, read_samples
 
 STEPS = 10
 TIMING = ("seconds", "memory_bytes")
@@ -87,6 +89,12 @@ def assert_same(run: Path, whole: Path) -> None:
     assert [without_timing(r) for r in read_metrics(run)] == [without_timing(r) for r in read_metrics(whole)]
     cards = [json.loads((folder / "card.json").read_text()) for folder in (run, whole)]
     assert cards[0]["adapter"] == cards[1]["adapter"]
+    assert cards[0]["ledger_notes"] == cards[1]["ledger_notes"]
+    ledgers = [read_ledger(folder) for folder in (run, whole)]
+    assert ledgers[0] is not None and ledgers[1] is not None
+    assert np.array_equal(ledgers[0].steps, ledgers[1].steps)
+    assert np.array_equal(ledgers[0].values, ledgers[1].values)
+    assert read_samples(run) == read_samples(whole) != []
 
 
 def without_timing(record: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class LedgerFile:
         """Writes the file whole or not at all."""
         if not self._rows:
             return
-        import pyarrow.parquet
+        import pyarrow.parquet  # type: ignore[import-untyped]
 
         partial = self._path.with_name(NAME + ".partial")
         pyarrow.parquet.write_table(

@@ -33,6 +33,7 @@ class Setup:
         runtime: what the process takes beside tensors.
         holes: share of what a step allocates that lies unused between its tensors.
         page: bytes of which a large tensor takes a whole number.
+        ledger: whether A and B are copied around the optimiser's step, to see how far it moves them.
     """
 
     architecture: Architecture
@@ -46,6 +47,7 @@ class Setup:
     runtime: int = 0
     holes: float = 0.0
     page: int = 1
+    ledger: bool = False
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,9 @@ LIBRARIES = {"cpu": 40_000_000, "cuda": 40_000_000}
 """Bytes that a run takes beside its tensors. On a CPU: code that runs for the first time, oneDNN's primitives and scratchpads,
 the optimiser's first step (benchmarks/memory.py). On CUDA, in torch's allocator: the workspace of cuBLAS; not measured on hardware yet."""
 
+WRITER = 45_000_000
+"""Resident bytes of the library that writes the ledger, once it has written."""
+
 HOLES = {"cpu": 0.08, "cuda": 0.0}
 """Share of what a step allocates that glibc's heap keeps in holes between tensors of other sizes (docs/log.md)."""
 
@@ -91,7 +94,8 @@ HOLES = {"cpu": 0.08, "cuda": 0.0}
 def in_process(setup: Setup) -> Setup:
     """The setup with what a process takes beside its tensors: resident memory on a CPU, the allocator's on CUDA."""
     page = LARGE if setup.device == "cpu" else 1  # huge pages, which the command line asks for
-    return replace(setup, runtime=LIBRARIES[setup.device], holes=HOLES[setup.device], page=page)
+    writer = WRITER if setup.device == "cpu" and setup.ledger else 0
+    return replace(setup, runtime=LIBRARIES[setup.device] + writer, holes=HOLES[setup.device], page=page)
 
 
 def ranks_of(architecture: Architecture, lora: LoRA) -> dict[str, int]:
@@ -181,7 +185,8 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
         return Moment(name, **{"gradients": 0, **always, **made}, runtime=runtime)
 
     gradients = numbers * FLOAT if portion.accumulated else 0
-    yield alive("optimiser step", gradients=numbers * FLOAT, buffers=_buffer(setup, n))
+    copies = 2 * numbers * FLOAT * setup.ledger  # of A and B before the step, and stacked after it
+    yield alive("optimiser step", gradients=numbers * FLOAT, buffers=_buffer(setup, n) + copies)
 
     layers: list[Layer] = []
     for index in range(a.layers):

@@ -100,12 +100,12 @@ class Observer:
         found, self._found = self._found, None
         return None if found is None else Row(self._state.step, found.cpu().numpy())
 
-    def _copy(self, *_: Any) -> None:
+    def _copy(self, *given: Any) -> None:
         if (self._state.step + 1) % self._every == 0:
             self._before = [_stacked(group) for _, group in self._groups]
 
     @torch.no_grad()
-    def _measure(self, *_: Any) -> None:
+    def _measure(self, *given: Any) -> None:
         if not self._before:
             return
         before, self._before = self._before, []
@@ -138,7 +138,7 @@ def summaries(row: Row, where: Sequence[Place]) -> dict[str, float]:
     for module in dict.fromkeys(modules.tolist()):
         chosen = modules == module
         found[f"ledger_relative/{module}"] = _rms(row["relative"][chosen])
-        found[f"ledger_grad_norm/{module}"] = float(np.linalg.norm(row["grad_norm"][chosen]))
+        found[f"ledger_grad_norm/{module}"] = float(np.linalg.norm(row["grad_norm"][chosen].astype(np.float64)))
         found[f"ledger_ratio/{module}"] = float(np.median(row["ratio"][chosen]))
     for layer in dict.fromkeys(layers.tolist()):
         found[f"ledger_relative_by_layer/{layer:02d}"] = _rms(row["relative"][layers == layer])
@@ -152,7 +152,8 @@ def _rms(values: NDArray[np.float32]) -> float:
 def _norm(weight: Tensor) -> Tensor:
     """In two stages: one fp32 sum over tens of millions of squares would lose digits."""
     kind = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(weight, dim=1, dtype=kind)).float()
+    rows: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=kind)
+    return torch.linalg.vector_norm(rows).float()  # type: ignore[no-any-return]
 
 
 def _of_one_shape(modules: Sequence[AdaptedLinear]) -> list[tuple[list[int], list[AdaptedLinear]]]:

@@ -34,7 +34,8 @@ STILL = 1 / 20
 eighth that AdamW's spread explains."""
 
 RUNAWAY = 20.0
-"""A matrix whose ‖ΔW‖/‖W‖, or whose gradient's growth, is so many medians runs away: 2½ times what the spread explains."""
+"""A matrix whose ‖ΔW‖/‖W‖ is so many medians of all runs away: 2½ times what the spread explains. So does one whose gradient is so
+many times what it was, and so many medians of all; gradients differ by nature, by 12 in the demo, but do not drift apart so far."""
 
 LARGE = 0.1
 """‖ΔW‖/‖W‖ from which an update can be said to run away: a tenth of the weight is beyond what LoRA usually needs."""
@@ -53,6 +54,9 @@ to nearly the batch size (3.9 to 4.0 at four)."""
 
 FOLLOWS_ORDER = 0.4
 """The correlation from which such an order is told: over 50 steps, chance gives so much once in 250 times."""
+
+
+_TINY = 1e-300
 
 
 class Notes:
@@ -101,11 +105,11 @@ class Notes:
         still = (ratio < STILL * np.median(ratio)) | (self._rows[-1]["b_norm"] == 0)
         if not still.any():
             return ""
-        share = ratio[still].max() / max(np.median(ratio), 1e-300)
+        share, count = ratio[still].max() / max(np.median(ratio), _TINY), int(still.sum())
         return (
-            f"{still.sum()} of {len(still)} adapted matrices {_do(still.sum())} not move: {self._named(still)}; over {ENTRIES} entries "
-            f"of the ledger their steps are at most {share:.2g} of the median (expected: at least {STILL:g}); see whether the base "
-            f"feeds them zeros, or leave them out of adapter.targets"
+            f"{count} of {len(still)} adapted matrices {'does' if count == 1 else 'do'} not move: {self._named(still)}; over "
+            f"{ENTRIES} entries of the ledger their steps are at most {share:.2g} of the median (expected: at least {STILL:g}); see "
+            f"whether the base feeds them zeros, or leave them out of adapter.targets"
         )
 
     def _runaway(self) -> str:
@@ -113,16 +117,19 @@ class Notes:
         if len(self._rows) < ENTRIES or self._first is None:
             return ""
         relative = self._rows[-1]["relative"].astype(np.float64)
-        size = relative / _low_median(relative)
+        size = relative / max(_low_median(relative), _TINY)
         large = (size > RUNAWAY) & (relative > LARGE)
         if large.any():
             return (
                 f"the update of {self._named(large)} runs away: ‖ΔW‖/‖W‖ is {relative[large].max():.2g}, {size[large].max():,.0f} times "
                 f"the median of all matrices (expected: at most {RUNAWAY:g}); lower its alpha, or the learning rate"
             )
-        growth = self._median("grad_norm") / np.maximum(self._first, 1e-300)
-        grown = np.minimum(growth, growth / max(_low_median(growth), 1e-300))  # by itself, and beside the others
-        if (large := grown > RUNAWAY).any():
+        gradient = self._median("grad_norm")
+        growth = gradient / np.maximum(self._first, _TINY)
+        beside = np.minimum(growth / max(_low_median(growth), _TINY), gradient / max(_low_median(gradient), _TINY))
+        if (
+            large := np.minimum(growth, beside) > RUNAWAY
+        ).any():  # from next to nothing to as much as others is no fault
             return (
                 f"the gradient of {self._named(large)} runs away: it is {growth[large].max():,.0f} times that of the first {ENTRIES} "
                 f"entries, of all matrices {_low_median(growth):.2g} times (expected: at most {RUNAWAY:g} times as much); lower the "
@@ -171,7 +178,7 @@ class Notes:
         return found
 
     def _named(self, chosen: NDArray[np.bool_], most: int = 4) -> str:
-        names = [f"layer {self._places[n].layer} {self._places[n].module}" for n in np.flatnonzero(chosen)]
+        names = [f"layer {self._places[n].layer} {self._places[n].module}" for n in np.flatnonzero(chosen).tolist()]
         return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -194,7 +201,3 @@ def _beside_trend(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _above(norms: NDArray[np.float64]) -> float:
     """A limit that only the largest tenth passes."""
     return float(np.quantile(norms, 0.9))
-
-
-def _do(count: int) -> str:
-    return "does" if count == 1 else "do"
