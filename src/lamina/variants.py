@@ -5,16 +5,20 @@ under ``[faults]``. What a setting of 7B means at another width is kept, and not
 rule of thumb as it was, and a length that was half of the mended job's is half of it again.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lamina import jobfile, jobs
+from lamina.data.examples import Example, read_examples
 from lamina.data.faults import COMMITTED, MEANS, Fault, Faults
 from lamina.errors import ConfigError
-from lamina.job import SECTIONS, Job, base_folder
+from lamina.job import SECTIONS, Job, base_folder, prepare_data, shipped
 from lamina.jobfile import Head
 from lamina.model.architecture import read_config
+from lamina.model.tokenizer import load_tokenizer
 from lamina.section import nearest
 from lamina.settings import Layer, build
 from lamina.training.optimizer import rule_of_thumb
@@ -146,6 +150,48 @@ def _declared(fault: Fault, mended: Job) -> Variant:
     if fault == "other-merge-base" and mended.model.base in ("nf4", "fp4"):
         return Variant(fault, MEANS[fault], "merged")
     return Variant(fault, MEANS[fault], "told", reason=_TOLD[fault])
+
+
+def own_rows(mended: Job, faithful: Job, folder: Path) -> tuple[Job, Job]:
+    """Both jobs with the mended one's split of the rows, written into the replay's folder.
+
+    What a split holds out depends on how long rows are cut. So that no variant is trained on what another holds out, the rows of both
+    sides are files of their own, unless the job names its held-out rows already.
+
+    Raises:
+        ConfigError: nothing is held out.
+    """
+    if mended.data.eval_data is not None:
+        return mended, faithful
+    base = base_folder(mended.model)
+    data = prepare_data(mended, base, load_tokenizer(base))
+    if not len(data.held_out):
+        raise ConfigError(
+            "a replay measures every variant on the same held-out rows, and nothing is held out; set eval_fraction above 0, or name "
+            "eval_data"
+        )
+    source = shipped(mended.data)
+    files = {"data": folder / "train.jsonl", "eval_data": folder / "held_out.jsonl"}
+    held, kept = set(data.held_out.rows.tolist()), set(data.train.rows.tolist())
+    with files["data"].open("w", encoding="utf-8") as train, files["eval_data"].open("w", encoding="utf-8") as held_out:
+        for example in read_examples(source.data, split=source.split, revision=source.data_revision):
+            for file, rows in ((train, kept), (held_out, held)):
+                if example.row in rows:
+                    file.write(json.dumps(_as_row(example), ensure_ascii=False) + "\n")
+    named: dict[str, Any] = {name: str(file) for name, file in files.items()} | {"data_revision": None}
+    mended, faithful = (replace(job, data=replace(job.data, **named)) for job in (mended, faithful))
+    return mended, faithful
+
+
+def _as_row(example: Example) -> dict[str, Any]:
+    """An example as a row that is read as the same example."""
+    if not example.messages:
+        return {"text": example.text}
+    messages = [
+        {"role": message.role, "content": message.content} | ({} if message.trained else {"weight": 0})
+        for message in example.messages
+    ]
+    return {"messages": messages}
 
 
 _TOLD: dict[str, str] = {

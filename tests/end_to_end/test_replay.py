@@ -17,7 +17,16 @@ from lamina.data.examples import read_examples
 from lamina.job import read_job
 
 STEPS = ["--steps", "4", "--batch-size", "2", "--rank", "4", "--eval-fraction", "0.25", "--eval-max-new-tokens", "4"]
-TRAINED = ["mended", "faithful", "masked-end", "double-start", "by-length", "loss-on-everything", "q-v-only"]
+TRAINED = [
+    "mended",
+    "other-seed",
+    "faithful",
+    "masked-end",
+    "double-start",
+    "by-length",
+    "loss-on-everything",
+    "q-v-only",
+]
 TRAINED += ["low-rate", "low-scale", "cut-length"]
 
 
@@ -53,7 +62,7 @@ def entries(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_every_variant_is_a_run_and_a_row(replayed: Path) -> None:
     found = entries(replayed)
-    assert list(found)[:3] == ["base", "mended", "faithful"]
+    assert list(found)[:3] == ["base", "mended", "other-seed"]
     for name in TRAINED:
         assert (replayed / name / "card.json").is_file(), name
         assert found[name]["outcome"]["loss"] > 0 and found[name]["facts"]["steps"] == 4
@@ -99,8 +108,9 @@ def test_what_was_found_is_told(replayed: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["replay", "--resume", str(replayed)]) == 0  # finished: only told again
     said = capsys.readouterr().out
     assert "held-out loss" in said and "masked-end (no loss on end tokens): " in said
-    page = (replayed / "replay.md").read_text(encoding="utf-8")
-    assert all(f"| {name} |" in page for name in TRAINED)
+    page = (replayed / "replay.html").read_text(encoding="utf-8")
+    assert all(f">{name}</th>" in page for name in TRAINED) and page.count("<svg") == 2
+    assert "half-precision: fp16 computation" in page and "Side by side" in page
     assert cli.main(["replay", "--resume", str(replayed), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in told["entries"]] == list(entries(replayed))

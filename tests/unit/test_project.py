@@ -26,7 +26,18 @@ LAYERS = (
     {"training", "generation", "evaluation"},
     {"understand"},
     {"settings", "jobfile", "jobs", "job", "report"},
-    {"opened", "policies", "merging", "explaining", "ways_out", "planning", "reporting", "run", "variants", "replaying"},
+    {
+        "opened",
+        "policies",
+        "merging",
+        "explaining",
+        "ways_out",
+        "planning",
+        "reporting",
+        "run",
+        "variants",
+        "replaying",
+    },
     {"cli", "commands", "__main__"},
     {""},  # lamina/__init__.py, the public surface
 )

@@ -32,7 +32,7 @@ def changed(one: Job, other: Job) -> set[str]:
     }
 
 
-COMMON = {"mended", "faithful", "masked-end", "by-length", "loss-on-everything", "q-v-only", "low-scale"}
+COMMON = {"mended", "other-seed", "faithful", "masked-end", "by-length", "loss-on-everything", "q-v-only", "low-scale"}
 TOLD = {"half-precision", "unused-checkpointing", "no-held-out"}
 
 
@@ -53,6 +53,7 @@ def test_a_variant_is_the_mended_job_with_a_single_fault() -> None:
     mended = found["mended"].job
     assert mended is not None
     settings = {
+        "other-seed": {".seed"},
         "masked-end": {"faults.commit"},
         "double-start": {"faults.commit"},
         "by-length": {"faults.commit"},

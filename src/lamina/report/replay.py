@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lamina.report.charts import Chart, bars
+from lamina.report.page import Page, Points, Sayings, Table
 from lamina.understand.beside import MEASURES, Change, Outcome, change
 
 COLUMNS = ("variant", "held-out loss", "ends by itself", "word for word", "tokens", "KL from base", "left in bf16")
@@ -15,6 +17,15 @@ _NAMES = {
     "kl": "the distance from the base (KL)",
 }
 _PLURAL = ("stop_rate", "exact_match")
+_ASKED = 3  # prompts whose answers stand side by side
+_LEAD = (
+    "Every variant is the mended job with one thing as the original has it, over the same frozen base. A difference is named where it goes "
+    "beyond the chance of which rows are held out (95 %, paired) and beyond what another seed did to the mended job."
+)
+_CAPTION = (
+    "Loss and KL in nats per answer token; answers that end by themselves, and that are the data's word for word; their mean length in "
+    "tokens; and the share of the update that is left after a merge in bf16."
+)
 _SLIGHT = 0.02  # of the tokens that are learnt, relative: below it a difference is not worth a word
 _WAVES = 0.3  # of a correlation: some 250 steps at random stay within 0.13 of zero
 _FADING = 0.9  # share of the update that is left after rounding, below which it is told
@@ -54,7 +65,7 @@ class Entry:
         return cls(found["name"], found["what"], measured, found["facts"], found["reason"])
 
 
-def rows(entries: list[Entry]) -> list[tuple[str, ...]]:
+def rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     """The cells of the table, a row an entry."""
     return [_cells(entry) for entry in entries]
 
@@ -132,12 +143,12 @@ def _merged(facts: Mapping[str, float]) -> str:
     )
 
 
-def lines(entries: list[Entry]) -> list[str]:
+def lines(entries: Sequence[Entry]) -> list[str]:
     """A sentence an entry."""
     return [f"{entry.name} ({entry.what}): {sentence(entry, entries)}" for entry in entries]
 
 
-def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
+def as_json(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """The entries with their sentences and with how each differs from the mended job, with its 95 % interval."""
     mended = next((entry for entry in entries if entry.name == "mended"), None)
     if mended is None or mended.outcome is None:
@@ -151,9 +162,60 @@ def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
     return found
 
 
-def markdown(title: str, intro: list[str], entries: list[Entry]) -> str:
-    """The page as Markdown."""
-    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    table = ["| " + " | ".join(cells) + " |" for cells in rows(entries)]
-    told = [f"* **{line.partition(' (')[0]}** ({line.partition(' (')[2]}" for line in lines(entries)]
-    return "\n".join([f"# {title}", "", *intro, "", *head, *table, "", "## What each did", "", *told]) + "\n"
+def page(letter: str, facts: Sequence[tuple[str, str]], entries: Sequence[Entry], job: str) -> Page:
+    """The page of a replay.
+
+    Args:
+        facts: (name, value) pairs that stand above the first chapter.
+        job: the mended job's file.
+    """
+    made = Page(f"What each fault of job {letter} did", _LEAD, facts)
+    measured = [entry for entry in entries if entry.outcome is not None]
+    told = [entry for entry in entries if entry.outcome is None and entry.reason]
+    chapter = made.section("Fault by fault", "What differs from the mended job, made from the numbers below.")
+    chapter.add(
+        Sayings([(f"{entry.name}: {entry.what}", sentence(entry, entries)) for entry in entries if entry not in told])
+    )
+    numbers = made.section(
+        "The numbers", "Every row is a run of its own in this folder; all are measured on the same held-out rows."
+    )
+    numbers.table(Table("Variant by variant", COLUMNS, rows(measured), _CAPTION))
+    numbers.chart(*_charts(measured))
+    if any(entry.outcome and entry.outcome.answers for entry in measured):
+        made.section("The same questions, asked of each").table(_answers(measured))
+    if told:
+        others = made.section("What was not committed, and why")
+        others.add(Points([("note", f"{entry.name}: {entry.what}", [entry.reason]) for entry in told]))
+    made.section(
+        "The mended job", "A variant differs from it in a single thing; its own job.toml is in its folder."
+    ).code("job.toml", job)
+    return made
+
+
+def _charts(measured: Sequence[Entry]) -> list[Chart]:
+    names = [entry.name for entry in measured]
+
+    def values(measure: str, factor: float) -> list[float | None]:
+        found = (getattr(entry.outcome, measure) for entry in measured)
+        return [None if value is None else round(factor * value, 4) for value in found]
+
+    loss = bars("Held-out loss", "Shorter is better.", names, {"loss": values("loss", 1)}, "nats per answer token")
+    if all(value is None for value in values("stop_rate", 1)):
+        return [loss]
+    shares = {"end by themselves": values("stop_rate", 100), "word for word": values("exact_match", 100)}
+    return [bars("Answers", "Longer is better.", names, shares, "% of the answers"), loss]
+
+
+def _answers(measured: Sequence[Entry]) -> Table:
+    """What each variant answers to the first prompts."""
+    every = {
+        entry.name: {answer.row: answer for answer in entry.outcome.answers} for entry in measured if entry.outcome
+    }
+    asked = list(every.get("mended", {}).values())[:_ASKED]
+    table = [["the data", *(answer.reference for answer in asked)]]
+    for name, given in every.items():
+        cells = [given[answer.row] for answer in asked if answer.row in given]
+        if len(cells) == len(asked):
+            table.append([name, *(f"{cell.answer}{'' if cell.stopped else ' …'}" for cell in cells)])
+    caption = "… marks an answer that did not end by itself."
+    return Table("Side by side", ["", *(answer.prompt for answer in asked)], table, caption)
