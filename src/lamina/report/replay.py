@@ -27,6 +27,7 @@ _CAPTION = (
     "tokens; and the share of the update that is left after a merge in bf16."
 )
 _SLIGHT = 0.02  # of the tokens that are learnt, relative: below it a difference is not worth a word
+_UNCHANGED = 0.05  # share of answers that training left as they were, above which it is told
 _WAVES = 0.3  # of a correlation: some 250 steps at random stay within 0.13 of zero
 _FADING = 0.9  # share of the update that is left after rounding, below which it is told
 
@@ -103,7 +104,18 @@ def sentence(entry: Entry, entries: Sequence[Entry]) -> str:
     control = chance.outcome if chance is not None and chance is not entry else None
     said = list(_differences(mended.outcome, entry.outcome, control))
     said = said or [f"no effect on the answers beyond chance, on {len(entry.outcome.values('loss'))} held-out rows"]
-    return "; ".join([*said, *_of_the_run(entry.facts, mended.facts)])
+    return "; ".join([*said, *_like_the_base(entry, entries), *_of_the_run(entry.facts, mended.facts)])
+
+
+def _like_the_base(entry: Entry, entries: Sequence[Entry]) -> Iterator[str]:
+    """How many answers are still the untouched base's: training that did nothing shows here."""
+    base = next((one.outcome for one in entries if one.name == "base"), None)
+    if base is None or entry.outcome is None:
+        return
+    before = {answer.row: answer.answer for answer in base.answers}
+    same = [answer.answer == before[answer.row] for answer in entry.outcome.answers if answer.row in before]
+    if same and sum(same) / len(same) > _UNCHANGED:
+        yield f"{sum(same) / len(same):.0%} of its answers are the untouched base's, word for word"
 
 
 def _differences(before: Outcome, after: Outcome, control: Outcome | None) -> Iterator[str]:
@@ -173,9 +185,8 @@ def page(letter: str, facts: Sequence[tuple[str, str]], entries: Sequence[Entry]
     measured = [entry for entry in entries if entry.outcome is not None]
     told = [entry for entry in entries if entry.outcome is None and entry.reason]
     chapter = made.section("Fault by fault", "What differs from the mended job, made from the numbers below.")
-    chapter.add(
-        Sayings([(f"{entry.name}: {entry.what}", sentence(entry, entries)) for entry in entries if entry not in told])
-    )
+    said = ((f"{one.name}: {one.what}", sentence(one, entries)) for one in entries if one not in told)
+    chapter.add(Sayings([(about, f"{text[:1].upper()}{text[1:]}.") for about, text in said]))
     numbers = made.section(
         "The numbers", "Every row is a run of its own in this folder; all are measured on the same held-out rows."
     )
