@@ -73,7 +73,12 @@ def pair(letter: str, flags: Layer) -> tuple[Job, Job]:
     train = faithful.train
     if train.learning_rate is not None and "learning_rate" not in flags.values["train"]:
         train = replace(train, learning_rate=_rate(train.learning_rate, mended))
-    shared = {"head": mended.head, "model": mended.model, "watch": mended.watch, "evaluate": mended.evaluate}
+    shared: dict[str, Any] = {
+        "head": mended.head,
+        "model": mended.model,
+        "watch": mended.watch,
+        "evaluate": mended.evaluate,
+    }
     return mended, replace(faithful, **shared, data=data, train=train)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,15 +118,22 @@ def test_what_was_found_is_told(replayed: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_a_killed_replay_goes_on_to_the_same_end(replayed: Path, named: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_replay_goes_on_to_the_same_end(
+    number: signal.Signals, replayed: Path, named: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "killed"
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lamina", "replay"]
     begun = [*command, "C", *flags(named), "--out", str(out)]
-    with subprocess.Popen(begun, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
+    with subprocess.Popen(begun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None and process.stderr is not None
         assert any(line.startswith("4/") for line in process.stdout)
-        process.kill()
+        process.send_signal(number)
+        told = process.stderr.read()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert told == f"lamina: interrupted; go on with: lamina replay --resume {out}\n"
     assert 3 <= len(entries(out)) < len(entries(replayed))
     subprocess.run([*command, "--resume", str(out)], check=True, capture_output=True, env=environment)
     found, whole = entries(out), entries(replayed)
