@@ -101,7 +101,7 @@ def lines(
         if "x" in log:
             _powers_of_two(axes, [at for line in of for at in line.x])
         if "y" in log and any((finite(value) or 0.0) > 0 for line in of for value in line.y):
-            axes.set_yscale("log")
+            _logarithmic(axes)
         _legend(figure, axes)
     points = sorted({at for line in of for at in line.x})
     values = [dict(zip(line.x, line.y, strict=True)) for line in of]
@@ -162,11 +162,12 @@ def heat(
     rows, columns = names
     known = [value for row in values for value in row if finite(value) is not None]
     edges = _edges([value for value in known if value is not None])
-    with canvas(96 + 24 * len(rows)) as (figure, axes):
+    with canvas(96 + len(rows) * max(9, min(24, 380 / max(1, len(rows))))) as (figure, axes):
         _cells(axes, values, edges)
         every = -(-len(columns) // 16)
         axes.set_xticks(range(0, len(columns), every), shortened(columns[::every]))
-        axes.set_yticks(range(len(rows)), shortened(rows))
+        every = -(-len(rows) // 20)
+        axes.set_yticks(range(0, len(rows), every), shortened(rows[::every]))
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(length=0)
@@ -196,8 +197,19 @@ def _draw(axes: Any, line: Line, log: bool) -> None:
 def _legend(figure: Any, axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        columns = 3 if sum(map(len, names)) < 60 else 2
+        columns = 3 if sum(map(len, names)) < 45 else 2
         figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize=9.5, handlelength=1.8)
+
+
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5 times the powers of ten, or at the powers, where these are many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(10, (1.0,) if high / low > 1e3 else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    axes.minorticks_off()
 
 
 def _powers_of_two(axes: Any, at: Sequence[float]) -> None:
@@ -220,22 +232,21 @@ def _edges(values: Sequence[float]) -> list[float]:
 
 
 def _cells(axes: Any, values: Sequence[Sequence[float | None]], edges: Sequence[float]) -> None:
+    from matplotlib.collections import PolyCollection
+
     write = sum(map(len, values)) <= VALUES
+    squares, shades = [], []
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             if (number := finite(value)) is None:
                 continue
             shade = max(0, min(STEPS - 1, sum(number >= edge for edge in edges) - 1))
-            axes.fill(
-                [column - 0.5, column + 0.5, column + 0.5, column - 0.5],
-                [row - 0.5, row - 0.5, row + 0.5, row + 0.5],
-                facecolor=SHADES[shade],
-                edgecolor=COLOURS["paper"],
-                linewidth=1,
-            )
+            squares.append([(column + x, row + y) for x, y in ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))])
+            shades.append(SHADES[shade])
             if write:
                 size = 9.5 if len(line) <= 8 else 8
                 axes.text(column, row, f"{number:.2g}", ha="center", va="center", color=ON_SHADES[shade], fontsize=size)
+    axes.add_collection(PolyCollection(squares, facecolors=shades, edgecolors=COLOURS["paper"], linewidths=1))
 
 
 def _scale(figure: Any, axes: Any, edges: Sequence[float], label: str) -> None:

@@ -51,11 +51,13 @@ _STYLE: Any = {
     "ytick.labelcolor": COLOURS["muted"],
     "text.color": COLOURS["ink"],
     "legend.frameon": False,
+    "legend.columnspacing": 3.2,  # in a narrow page the letters are larger
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     "lines.solid_capstyle": "round",
     "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-3, 6),
     "figure.constrained_layout.use": True,
 }
 

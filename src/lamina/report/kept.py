@@ -32,6 +32,7 @@ class Step(_Part):
 
     step: int
     loss: float
+    tokens: int
     supervised_tokens: int
     learning_rate: float
     grad_norm: float

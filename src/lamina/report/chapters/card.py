@@ -157,7 +157,7 @@ def _answers(section: Section, card: Card) -> None:
     caption = (
         f"The first {len(rows)} of {len(pairs):,}; all of them are in card.json." if len(pairs) > len(rows) else ""
     )
-    section.table(Table("Answers side by side", ["prompt", "expected", "base", "adapter"], rows, caption))
+    section.table(Table("Answers side by side", ["prompt", "expected", "base", "adapter"], rows, caption, True))
 
 
 def _said(answer: Answer) -> str:

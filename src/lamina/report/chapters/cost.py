@@ -69,7 +69,7 @@ def job(page: Page, kept: Kept) -> None:
 def _memory(memory: Memory) -> Chart:
     plan = memory.planned
     share = memory.measured_bytes / plan.total_bytes if plan.total_bytes else 0.0
-    large = plan.total_bytes >= GIB / 10
+    large = plan.total_bytes >= GIB
     unit, by = ("GiB", GIB) if large else ("MiB", 2**20)
     items = [(name, amount) for name, amount in plan.items.items() if amount]
     names = [*(name for name, _ in items), "planned, all", "measured peak"]
