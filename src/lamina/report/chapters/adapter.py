@@ -9,7 +9,8 @@ from lamina.report import charts
 from lamina.report.chapters.words import fine_percent, layer_name, loss, percent
 from lamina.report.charts import Chart, Line
 from lamina.report.drawing import thin
-from lamina.report.kept import Cell, Explanation, Kept, Ledger, Matrix, Ranks
+from lamina.report.forms import Cell, Explanation, Matrix, Ranks
+from lamina.report.kept import Kept, Ledger
 from lamina.report.page import Page
 
 COLUMNS = 20

@@ -2,7 +2,7 @@
 
 import math
 
-from lamina.report.kept import Change, Interval
+from lamina.report.forms import Change, Interval
 
 GIB = 2**30
 
