@@ -41,6 +41,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    stacks: bool = False
+    """On a narrow screen the cells of a row stand below each other; for long texts."""
 
     @property
     def kinds(self) -> list[str]:

@@ -8,7 +8,8 @@ import math
 
 from lamina.report.chapters.words import certain, fine_percent, interval_of, layer_name, loss, percent, plain, size
 from lamina.report.console import duration
-from lamina.report.kept import Card, Change, Explanation, Kept
+from lamina.report.forms import Card, Change, Explanation
+from lamina.report.kept import Kept
 from lamina.report.page import Page, Sayings
 
 _TELLING = 0.05

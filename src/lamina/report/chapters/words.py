@@ -2,7 +2,7 @@
 
 import math
 
-from lamina.report.kept import Change, Interval
+from lamina.report.forms import Change, Interval
 
 GIB = 2**30
 
@@ -29,7 +29,7 @@ def plain(value: float | None) -> str:
 
 def size(bytes_: int) -> str:
     """Bytes as people say them."""
-    return f"{bytes_ / GIB:,.2f} GiB" if bytes_ >= GIB / 10 else f"{bytes_ / 2**20:,.1f} MiB"
+    return f"{bytes_ / GIB:,.2f} GiB" if bytes_ >= GIB else f"{bytes_ / 2**20:,.1f} MiB"
 
 
 def span(interval: Interval, form: str) -> str:
