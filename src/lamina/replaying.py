@@ -89,7 +89,7 @@ def resume_replay(folder: Path, show: Show | None = None) -> Replayed:
     under_way = _Replay(folder, mended, record["letter"], show or Silent())
     under_way.entries = [Entry.of_json(entry) for entry in record["entries"]]
     try:
-        under_way.go(list(variants(mended, faithful)))
+        under_way.go(list(variants(record["letter"], mended, faithful)))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; go on with: lamina replay --resume {folder}") from None
     return Replayed(folder, tuple(under_way.entries))

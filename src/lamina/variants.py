@@ -104,8 +104,9 @@ def _rate(rate: float, job: Job) -> float:
     return float(f"{rate / _REFERENCE * rule_of_thumb(architecture.width, architecture.family):.3g}")
 
 
-def variants(mended: Job, faithful: Job) -> Iterator[Variant]:
+def variants(letter: str, mended: Job, faithful: Job) -> Iterator[Variant]:
     """All rows of a replay, the mended job first: others are compared with it, and some use its adapter."""
+    written = Job.of(jobfile.load(f"{LETTERS[letter]}-faithful", SECTIONS)).train.learning_rate
     yield Variant("mended", "as it should have been", job=mended)
     seed = replace(mended.head, seed=mended.head.seed + 1)
     yield Variant("other-seed", "mended, with another seed: what chance does", job=replace(mended, head=seed))
@@ -117,15 +118,19 @@ def variants(mended: Job, faithful: Job) -> Iterator[Variant]:
         if fault in COMMITTED:
             kind: Kind = "asked" if fault == "no-template" else "trained"
             yield Variant(fault, MEANS[fault], kind, replace(mended, faults=Faults(commit=(fault,))))
-    yield from _settings(mended, faithful)
+    yield from _settings(mended, faithful, written)
     for fault in faithful.faults.commit:
         if fault not in COMMITTED:
             yield _declared(fault, mended)
     yield Variant("no-held-out", "nothing held out", "told", reason=_TOLD["no-held-out"])
 
 
-def _settings(mended: Job, faithful: Job) -> Iterator[Variant]:
-    """The faults that are settings, each by itself over the mended job."""
+def _settings(mended: Job, faithful: Job, written: float | None) -> Iterator[Variant]:
+    """The faults that are settings, each by itself over the mended job.
+
+    Args:
+        written: the learning rate of the original, the number as it stands; what people copy to another model.
+    """
 
     def changed(name: str, what: str, section: str, **values: Any) -> Variant:
         return Variant(name, what, job=replace(mended, **{section: replace(getattr(mended, section), **values)}))
@@ -140,9 +145,10 @@ def _settings(mended: Job, faithful: Job) -> Iterator[Variant]:
     rate, scale = train.learning_rate, adapter.alpha / adapter.rank
     good = mended.train.learning_rate or _rate(_REFERENCE, mended)
     if rate is not None and rate < good / _LOW:
-        yield changed(
-            "low-rate", f"learning rate {rate:.2e}, {good / rate:.0f} times too low", "train", learning_rate=rate
-        )
+        for name, low in (("low-rate", rate), ("rate-as-written", written)):
+            if low and (name == "low-rate" or low != rate):
+                what = f"learning rate {low:.2e}, {good / low:.0f} times too low"
+                yield changed(name, what, "train", learning_rate=low)
     if scale != mended.adapter.alpha / mended.adapter.rank:
         yield changed("low-scale", f"scale alpha/rank {scale:g}", "adapter", alpha=scale * mended.adapter.rank)
     if (data.max_length, data.long) != (mended.data.max_length, mended.data.long):

@@ -28,7 +28,7 @@ TRAINED = [
     "loss-on-everything",
     "q-v-only",
 ]
-TRAINED += ["low-rate", "low-scale", "cut-length"]
+TRAINED += ["low-rate", "rate-as-written", "low-scale", "cut-length"]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ _CAPTION = (
     "Loss and KL in nats per answer token; answers that end by themselves, and that are the data's word for word; their mean length in "
     "tokens; and the share of the update that is left after a merge in bf16."
 )
-_SLIGHT = 0.02  # of the tokens that are learnt, relative: below it a difference is not worth a word
+_SLIGHT = 0.02  # relative, of what is no share: below it a difference is not worth a word, however sure
 _UNCHANGED = 0.05  # share of answers that training left as they were, above which it is told
 _WAVES = 0.3  # of a correlation: some 250 steps at random stay within 0.13 of zero
 _FADING = 0.9  # share of the update that is left after rounding, below which it is told
@@ -120,10 +120,17 @@ def _like_the_base(entry: Entry, entries: Sequence[Entry]) -> Iterator[str]:
 
 def _differences(before: Outcome, after: Outcome, control: Outcome | None) -> Iterator[str]:
     for measure in ("stop_rate", "exact_match", "mean_tokens", "loss", "kl"):
-        found, usual = change(measure, before, after), control and change(measure, before, control)
-        first, second = (_shown(measure, getattr(side, measure)) for side in (before, after))
-        if found and found.found and first != second and not (usual and abs(found.mean) <= abs(usual.mean)):
+        found = change(measure, before, after)
+        usual = change(measure, before, control) if control else None
+        if found and found.found and abs(found.mean) > _least(measure, before, usual):
+            first, second = (_shown(measure, getattr(side, measure)) for side in (before, after))
             yield f"{_NAMES[measure]} {_verb(measure, found)} from {first} to {second}"
+
+
+def _least(measure: str, before: Outcome, usual: Change | None) -> float:
+    """What a difference must exceed to be told: that of another seed, and a small share of what is no share itself."""
+    chance = abs(usual.mean) if usual else 0.0
+    return chance if measure in _PLURAL else max(chance, _SLIGHT * getattr(before, measure))
 
 
 def _verb(measure: str, found: Change) -> str:
