@@ -29,7 +29,7 @@ _CAPTION = (
 _SLIGHT = 0.02  # relative, of what is no share: below it a difference is not worth a word, however sure
 _UNCHANGED = 0.05  # share of answers that training left as they were, above which it is told
 _WAVES = 0.3  # of a correlation: some 250 steps at random stay within 0.13 of zero
-_FADING = 0.9  # share of the update that is left after rounding, below which it is told
+_FADING = 0.95  # share of the update that is left after rounding, below which it is told
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,7 @@ def page(letter: str, facts: Sequence[tuple[str, str]], entries: Sequence[Entry]
     measured = [entry for entry in entries if entry.outcome is not None]
     told = [entry for entry in entries if entry.outcome is None and entry.reason]
     chapter = made.section("Fault by fault", "What differs from the mended job, made from the numbers below.")
-    said = ((f"{one.name}: {one.what}", sentence(one, entries)) for one in entries if one not in told)
-    chapter.add(Sayings([(about, f"{text[:1].upper()}{text[1:]}.") for about, text in said]))
+    chapter.add(Sayings([(one.name, _whole(one.what, sentence(one, entries))) for one in entries if one not in told]))
     numbers = made.section(
         "The numbers", "Every row is a run of its own in this folder; all are measured on the same held-out rows."
     )
@@ -208,6 +207,11 @@ def page(letter: str, facts: Sequence[tuple[str, str]], entries: Sequence[Entry]
         "The mended job", "A variant differs from it in a single thing; its own job.toml is in its folder."
     ).code("job.toml", job)
     return made
+
+
+def _whole(*sentences: str) -> str:
+    """Sentences with a capital and a full stop."""
+    return " ".join(f"{text[:1].upper()}{text[1:]}." for text in sentences)
 
 
 def _charts(measured: Sequence[Entry]) -> list[Chart]:
