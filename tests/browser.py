@@ -6,20 +6,30 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
+# The browser reads descriptor 3 and writes 4. They are put there in a process of their own, for in one that Python is just
+# about to start they may be its own; each is first moved out of the other's way.
+_AT_THREE_AND_FOUR = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 class Browser:
     """A page of a running browser."""
 
-    def __init__(self, read: int, write: int) -> None:
-        self._in, self._out = os.fdopen(read, "rb"), os.fdopen(write, "wb")
+    def __init__(self, answers: BinaryIO, calls: BinaryIO) -> None:
+        self._in, self._out = answers, calls
         self._numbers, self._session = itertools.count(1), ""
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -91,16 +101,15 @@ def browser(profile: Path) -> Iterator[Browser]:
     from_read, to_write = os.pipe()
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
     options += ["--disable-background-networking", f"--user-data-dir={profile}", "--disable-dev-shm-usage"]
-    command = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh", path, *options]
+    command = [sys.executable, "-c", _AT_THREE_AND_FOUR, str(to_read), str(to_write), path, *options]
     process = subprocess.Popen(
         command, pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     os.close(to_read)
     os.close(to_write)
-    try:
-        page = Browser(from_read, from_write)
-        yield page
-        page.call("Target.getTargets")
-    finally:
-        process.terminate()
-        process.wait(30)
+    with os.fdopen(from_read, "rb") as answers, os.fdopen(from_write, "wb") as calls:
+        try:
+            yield Browser(answers, calls)
+        finally:
+            process.terminate()
+            process.wait(30)

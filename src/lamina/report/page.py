@@ -29,7 +29,9 @@ from lamina.report.console import clean
 from lamina.report.drawing import svg
 from lamina.report.record import write_text
 
-_NUMBER = re.compile(r"[-−+≤≥<>≈ ]*[\d.,]+(e[-+]?\d+)?( ?(%|s|ms|min|h|nats|GiB|MiB|GB|MB|B)( \d\d? (s|min))?)?|[-–—]|")
+_NUMBER = re.compile(
+    r"[-−+≤≥<>≈ ]*[\d.,]+(e[-+]?\d+)?([ \u00a0]?(%|s|ms|min|h|nats|GiB|MiB|GB|MB|B)( \d\d? (s|min))?)?|[-–—]|"
+)
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ def adapter(page: Page, kept: Kept) -> None:
     )
     found = kept.explanation
     if found is None:
-        section.note("There is no explanation.json; `lamina explain` says the same in the console.")
+        section.note("There is no explanation.json; lamina explain says the same in the console.")
         return
     if found.changes_nothing:
         section.note("This adapter changes nothing: B·A is zero in every matrix.")
         return
     section.chart(*_maps(found, kept.ledger))
-    section.chart(_shares(found), _spectrum(found.matrices))
+    section.chart(_shares(found), *_spectrum(found.matrices))
     section.chart(_energy(found), *([_ranks(found.ranks)] if found.ranks else []))
     if found.ranks is None:
         section.note(f"No held-out loss at lower ranks: {found.not_measured or 'it was not measured'}.")
@@ -127,18 +127,20 @@ def _shares(found: Explanation) -> Chart:
     )
 
 
-def _spectrum(matrices: Sequence[Matrix]) -> Chart:
+def _spectrum(matrices: Sequence[Matrix]) -> list[Chart]:
     """Singular values relative to the largest: median over the matrices, and the middle four fifths of them."""
     scaled = [
         [v / m.singular_values[0] for v in m.singular_values]
         for m in matrices
         if m.norm > 0 and m.singular_values[0] > 0
     ]
+    if not scaled:
+        return []
     length = max(map(len, scaled))
     columns = [[line[n] for line in scaled if len(line) > n] for n in range(length)]
     low, high = ([float(np.quantile(column, q)) for column in columns] for q in (0.1, 0.9))
     x = list(range(1, length + 1))
-    return charts.lines(
+    chart = charts.lines(
         "Singular values",
         "Each relative to the largest of its matrix: median of all matrices, and the band in which four of five lie. A steep fall means "
         "that few directions carry the update.",
@@ -146,6 +148,7 @@ def _spectrum(matrices: Sequence[Matrix]) -> Chart:
         "number of the singular value",
         "share of the largest",
     )
+    return [chart]
 
 
 def _energy(found: Explanation) -> Chart:

@@ -46,7 +46,7 @@ def cost(page: Page, kept: Kept) -> None:
 def findings(page: Page, kept: Kept) -> None:
     """Adds the chapter of the doctor."""
     section = page.section(
-        "The doctor's findings", "What `lamina check` saw in job, model and data before the first step."
+        "The doctor's findings", "What lamina check saw in job, model and data before the first step."
     )
     if kept.check is None:
         section.note("There is no check.json: the job was not checked before the run.")
