@@ -127,7 +127,7 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planne
     choice, found, fits = needs.choose(free)
     training = replace(job.train, micro_batch_tokens=choice.tokens, checkpoint_layers=choice.checkpointed)
     lengths = data.train.lengths
-    tokens = tokens_of(lengths, job.train, job.head.seed)
+    tokens = tokens_of(lengths, job.train, job.head.seed, order_of(job, lengths))
     layers = needs.setup.architecture.layers
     seconds = 0.0
     if fits and timed:

@@ -23,10 +23,9 @@ import torch
 from lamina import jobfile
 from lamina.adapter import adapted, detach
 from lamina.adapter_files import load_adapter
-from lamina.data.examples import Example, read_examples
 from lamina.data.prepare import Prepared
 from lamina.errors import CheckpointError, ConfigError, DataError, Error, TrainingError
-from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, shipped
+from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data
 from lamina.merging import merge
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import form_of
@@ -35,11 +34,11 @@ from lamina.model.weights import pick_device
 from lamina.opened import stops
 from lamina.policies import Update, add
 from lamina.report.record import read_metrics, write_json, write_text
-from lamina.report.replay import Entry, as_json, markdown
+from lamina.report.replay import Entry, as_json, page
 from lamina.run import Show, Silent, fine_tune, resume
 from lamina.training.available import available
 from lamina.understand.beside import Outcome, outcome
-from lamina.variants import Variant, variants
+from lamina.variants import Variant, own_rows, variants
 
 VERSION = 1
 ROWS = 256
@@ -69,7 +68,7 @@ def replay(letter: str, mended: Job, faithful: Job, show: Show | None = None) ->
     check(mended, base_folder(mended.model))
     folder = new_folder(mended.head)
     try:
-        mended, faithful = _own_rows(mended, faithful, folder)
+        mended, faithful = own_rows(mended, faithful, folder)
     except Error:
         _remove(folder)
         raise
@@ -90,7 +89,7 @@ def resume_replay(folder: Path, show: Show | None = None) -> Replayed:
     under_way = _Replay(folder, mended, record["letter"], show or Silent())
     under_way.entries = [Entry.of_json(entry) for entry in record["entries"]]
     try:
-        under_way.go(list(variants(mended, faithful)))
+        under_way.go(list(variants(record["letter"], mended, faithful)))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; go on with: lamina replay --resume {folder}") from None
     return Replayed(folder, tuple(under_way.entries))
@@ -123,15 +122,16 @@ class _Replay:
             if variant.name not in done:
                 self.show.line(f"{number}/{len(every)} {variant.name}: {variant.what}")
                 self.add(self.entry(variant, model))
-        write_text(self.folder / "replay.md", markdown(f"Replay of job {self.letter}", self.intro(), self.entries))
+        job = (self.folder / "mended.toml").read_text(encoding="utf-8")
+        page(self.letter, self.facts(), self.entries, job).write(self.folder / "replay.html")
 
-    def intro(self) -> list[str]:
-        """What the page says before its table."""
+    def facts(self) -> list[tuple[str, str]]:
+        """What the page says first."""
         return [
-            f"Reference job {self.letter}, on {self.mended.model.model} and {self.mended.data.data}. Every variant is the mended job "
-            "with one thing as the original has it; all are measured on the same "
-            f"{min(ROWS, len(self.data.held_out))} held-out rows in the mended form. Differences that are named go beyond the chance "
-            "of which rows are held out (95 %, paired), and beyond what another seed did to the mended job."
+            ("base", self.mended.model.model),
+            ("data", self.mended.data.data),
+            ("steps", f"{self.mended.train.total_steps(len(self.data.train)):,}"),
+            ("held-out rows", f"{min(ROWS, len(self.data.held_out)):,}"),
         ]
 
     def add(self, entry: Entry) -> None:
@@ -218,41 +218,6 @@ def _detached(model: Decoder) -> Iterator[None]:
         yield
     finally:
         detach(model)
-
-
-def _own_rows(mended: Job, faithful: Job, folder: Path) -> tuple[Job, Job]:
-    """Both jobs on data of the replay's own, where the split would depend on how rows are cut: the same rows are held out for all."""
-    if mended.data.eval_data is not None:
-        return mended, faithful
-    base = base_folder(mended.model)
-    data = prepare_data(mended, base, load_tokenizer(base))
-    if not len(data.held_out):
-        raise ConfigError(
-            "a replay measures every variant on the same held-out rows, and nothing is held out; set eval_fraction above 0, or name "
-            "eval_data"
-        )
-    source = shipped(mended.data)
-    files = {"data": folder / "train.jsonl", "eval_data": folder / "held_out.jsonl"}
-    held, kept = set(data.held_out.rows.tolist()), set(data.train.rows.tolist())
-    with files["data"].open("w", encoding="utf-8") as train, files["eval_data"].open("w", encoding="utf-8") as held_out:
-        for example in read_examples(source.data, split=source.split, revision=source.data_revision):
-            for file, rows in ((train, kept), (held_out, held)):
-                if example.row in rows:
-                    file.write(json.dumps(_as_row(example), ensure_ascii=False) + "\n")
-    named: dict[str, Any] = {name: str(file) for name, file in files.items()} | {"data_revision": None}
-    mended, faithful = (replace(job, data=replace(job.data, **named)) for job in (mended, faithful))
-    return mended, faithful
-
-
-def _as_row(example: Example) -> dict[str, Any]:
-    """An example as a row that is read as the same example."""
-    if not example.messages:
-        return {"text": example.text}
-    messages = [
-        {"role": message.role, "content": message.content} | ({} if message.trained else {"weight": 0})
-        for message in example.messages
-    ]
-    return {"messages": messages}
 
 
 def _facts(records: list[dict[str, Any]]) -> dict[str, float]:

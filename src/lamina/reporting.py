@@ -9,6 +9,7 @@ from pathlib import Path
 from lamina.data.store import TokenStore
 from lamina.errors import Error
 from lamina.explaining import explain_trained
+from lamina.jobfile import Head
 from lamina.model.decoder import Decoder
 from lamina.report.chapters.adapter import adapter, growth
 from lamina.report.chapters.card import before_after, samples, tokens
@@ -48,7 +49,7 @@ def close(
     """Explains the adapter of a run that ends, and writes its page; says where it is, or in a line why there is none."""
     try:
         kept = read_kept(run)
-        trained = sum(step.supervised_tokens for step in kept.steps)
+        trained = sum(step.tokens for step in kept.steps)
         write_json(run / "explanation.json", explain_trained(model, run, base, held_out, portion, trained).as_json())
         say(f"what it learnt, what it forgot and what it cost, on one page: {report(run)}")
     except (Error, OSError, ArithmeticError, ValueError, RuntimeError, ImportError) as error:
@@ -59,7 +60,7 @@ def close(
 def page_of(kept: Kept) -> Page:
     """The page, chapter by chapter."""
     card = kept.card
-    name = (card.job if card else "") or kept.folder.resolve().name
+    name = card.job if card and card.job != Head.name else kept.folder.resolve().name
     facts = []
     if card is not None:
         facts = [

@@ -5,16 +5,20 @@ under ``[faults]``. What a setting of 7B means at another width is kept, and not
 rule of thumb as it was, and a length that was half of the mended job's is half of it again.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lamina import jobfile, jobs
+from lamina.data.examples import Example, read_examples
 from lamina.data.faults import COMMITTED, MEANS, Fault, Faults
 from lamina.errors import ConfigError
-from lamina.job import SECTIONS, Job, base_folder
+from lamina.job import SECTIONS, Job, base_folder, prepare_data, shipped
 from lamina.jobfile import Head
 from lamina.model.architecture import read_config
+from lamina.model.tokenizer import load_tokenizer
 from lamina.section import nearest
 from lamina.settings import Layer, build
 from lamina.training.optimizer import rule_of_thumb
@@ -69,7 +73,12 @@ def pair(letter: str, flags: Layer) -> tuple[Job, Job]:
     train = faithful.train
     if train.learning_rate is not None and "learning_rate" not in flags.values["train"]:
         train = replace(train, learning_rate=_rate(train.learning_rate, mended))
-    shared = {"head": mended.head, "model": mended.model, "watch": mended.watch, "evaluate": mended.evaluate}
+    shared: dict[str, Any] = {
+        "head": mended.head,
+        "model": mended.model,
+        "watch": mended.watch,
+        "evaluate": mended.evaluate,
+    }
     return mended, replace(faithful, **shared, data=data, train=train)
 
 
@@ -95,8 +104,9 @@ def _rate(rate: float, job: Job) -> float:
     return float(f"{rate / _REFERENCE * rule_of_thumb(architecture.width, architecture.family):.3g}")
 
 
-def variants(mended: Job, faithful: Job) -> Iterator[Variant]:
+def variants(letter: str, mended: Job, faithful: Job) -> Iterator[Variant]:
     """All rows of a replay, the mended job first: others are compared with it, and some use its adapter."""
+    written = Job.of(jobfile.load(f"{LETTERS[letter]}-faithful", SECTIONS)).train.learning_rate
     yield Variant("mended", "as it should have been", job=mended)
     seed = replace(mended.head, seed=mended.head.seed + 1)
     yield Variant("other-seed", "mended, with another seed: what chance does", job=replace(mended, head=seed))
@@ -108,15 +118,19 @@ def variants(mended: Job, faithful: Job) -> Iterator[Variant]:
         if fault in COMMITTED:
             kind: Kind = "asked" if fault == "no-template" else "trained"
             yield Variant(fault, MEANS[fault], kind, replace(mended, faults=Faults(commit=(fault,))))
-    yield from _settings(mended, faithful)
+    yield from _settings(mended, faithful, written)
     for fault in faithful.faults.commit:
         if fault not in COMMITTED:
             yield _declared(fault, mended)
     yield Variant("no-held-out", "nothing held out", "told", reason=_TOLD["no-held-out"])
 
 
-def _settings(mended: Job, faithful: Job) -> Iterator[Variant]:
-    """The faults that are settings, each by itself over the mended job."""
+def _settings(mended: Job, faithful: Job, written: float | None) -> Iterator[Variant]:
+    """The faults that are settings, each by itself over the mended job.
+
+    Args:
+        written: the learning rate of the original, the number as it stands; what people copy to another model.
+    """
 
     def changed(name: str, what: str, section: str, **values: Any) -> Variant:
         return Variant(name, what, job=replace(mended, **{section: replace(getattr(mended, section), **values)}))
@@ -131,9 +145,10 @@ def _settings(mended: Job, faithful: Job) -> Iterator[Variant]:
     rate, scale = train.learning_rate, adapter.alpha / adapter.rank
     good = mended.train.learning_rate or _rate(_REFERENCE, mended)
     if rate is not None and rate < good / _LOW:
-        yield changed(
-            "low-rate", f"learning rate {rate:.2e}, {good / rate:.0f} times too low", "train", learning_rate=rate
-        )
+        for name, low in (("low-rate", rate), ("rate-as-written", written)):
+            if low and (name == "low-rate" or low != rate):
+                what = f"learning rate {low:.2e}, {good / low:.0f} times too low"
+                yield changed(name, what, "train", learning_rate=low)
     if scale != mended.adapter.alpha / mended.adapter.rank:
         yield changed("low-scale", f"scale alpha/rank {scale:g}", "adapter", alpha=scale * mended.adapter.rank)
     if (data.max_length, data.long) != (mended.data.max_length, mended.data.long):
@@ -146,6 +161,48 @@ def _declared(fault: Fault, mended: Job) -> Variant:
     if fault == "other-merge-base" and mended.model.base in ("nf4", "fp4"):
         return Variant(fault, MEANS[fault], "merged")
     return Variant(fault, MEANS[fault], "told", reason=_TOLD[fault])
+
+
+def own_rows(mended: Job, faithful: Job, folder: Path) -> tuple[Job, Job]:
+    """Both jobs with the mended one's split of the rows, written into the replay's folder.
+
+    What a split holds out depends on how long rows are cut. So that no variant is trained on what another holds out, the rows of both
+    sides are files of their own, unless the job names its held-out rows already.
+
+    Raises:
+        ConfigError: nothing is held out.
+    """
+    if mended.data.eval_data is not None:
+        return mended, faithful
+    base = base_folder(mended.model)
+    data = prepare_data(mended, base, load_tokenizer(base))
+    if not len(data.held_out):
+        raise ConfigError(
+            "a replay measures every variant on the same held-out rows, and nothing is held out; set eval_fraction above 0, or name "
+            "eval_data"
+        )
+    source = shipped(mended.data)
+    files = {"data": folder / "train.jsonl", "eval_data": folder / "held_out.jsonl"}
+    held, kept = set(data.held_out.rows.tolist()), set(data.train.rows.tolist())
+    with files["data"].open("w", encoding="utf-8") as train, files["eval_data"].open("w", encoding="utf-8") as held_out:
+        for example in read_examples(source.data, split=source.split, revision=source.data_revision):
+            for file, rows in ((train, kept), (held_out, held)):
+                if example.row in rows:
+                    file.write(json.dumps(_as_row(example), ensure_ascii=False) + "\n")
+    named: dict[str, Any] = {name: str(file) for name, file in files.items()} | {"data_revision": None}
+    mended, faithful = (replace(job, data=replace(job.data, **named)) for job in (mended, faithful))
+    return mended, faithful
+
+
+def _as_row(example: Example) -> dict[str, Any]:
+    """An example as a row that is read as the same example."""
+    if not example.messages:
+        return {"text": example.text}
+    messages = [
+        {"role": message.role, "content": message.content} | ({} if message.trained else {"weight": 0})
+        for message in example.messages
+    ]
+    return {"messages": messages}
 
 
 _TOLD: dict[str, str] = {

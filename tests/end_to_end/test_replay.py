@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,17 @@ from lamina.data.examples import read_examples
 from lamina.job import read_job
 
 STEPS = ["--steps", "4", "--batch-size", "2", "--rank", "4", "--eval-fraction", "0.25", "--eval-max-new-tokens", "4"]
-TRAINED = ["mended", "faithful", "masked-end", "double-start", "by-length", "loss-on-everything", "q-v-only"]
-TRAINED += ["low-rate", "low-scale", "cut-length"]
+TRAINED = [
+    "mended",
+    "other-seed",
+    "faithful",
+    "masked-end",
+    "double-start",
+    "by-length",
+    "loss-on-everything",
+    "q-v-only",
+]
+TRAINED += ["low-rate", "rate-as-written", "low-scale", "cut-length"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,7 @@ def entries(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_every_variant_is_a_run_and_a_row(replayed: Path) -> None:
     found = entries(replayed)
-    assert list(found)[:3] == ["base", "mended", "faithful"]
+    assert list(found)[:3] == ["base", "mended", "other-seed"]
     for name in TRAINED:
         assert (replayed / name / "card.json").is_file(), name
         assert found[name]["outcome"]["loss"] > 0 and found[name]["facts"]["steps"] == 4
@@ -99,23 +109,31 @@ def test_what_was_found_is_told(replayed: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["replay", "--resume", str(replayed)]) == 0  # finished: only told again
     said = capsys.readouterr().out
     assert "held-out loss" in said and "masked-end (no loss on end tokens): " in said
-    page = (replayed / "replay.md").read_text(encoding="utf-8")
-    assert all(f"| {name} |" in page for name in TRAINED)
+    page = (replayed / "replay.html").read_text(encoding="utf-8")
+    assert all(f">{name}</th>" in page for name in TRAINED) and page.count("<svg") == 2
+    assert "half-precision: fp16 computation" in page and "Side by side" in page
     assert cli.main(["replay", "--resume", str(replayed), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in told["entries"]] == list(entries(replayed))
 
 
 @pytest.mark.slow
-def test_a_killed_replay_goes_on_to_the_same_end(replayed: Path, named: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_replay_goes_on_to_the_same_end(
+    number: signal.Signals, replayed: Path, named: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "killed"
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lamina", "replay"]
     begun = [*command, "C", *flags(named), "--out", str(out)]
-    with subprocess.Popen(begun, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
+    with subprocess.Popen(begun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None and process.stderr is not None
         assert any(line.startswith("4/") for line in process.stdout)
-        process.kill()
+        process.send_signal(number)
+        told = process.stderr.read()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert told == f"lamina: interrupted; go on with: lamina replay --resume {out}\n"
     assert 3 <= len(entries(out)) < len(entries(replayed))
     subprocess.run([*command, "--resume", str(out)], check=True, capture_output=True, env=environment)
     found, whole = entries(out), entries(replayed)

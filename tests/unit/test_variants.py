@@ -19,7 +19,7 @@ def flags(**given: dict[str, Any]) -> Layer:
 
 
 def every(letter: str, **given: dict[str, Any]) -> dict[str, Variant]:
-    return {variant.name: variant for variant in variants(*pair(letter, flags(**given)))}
+    return {variant.name: variant for variant in variants(letter, *pair(letter, flags(**given)))}
 
 
 def changed(one: Job, other: Job) -> set[str]:
@@ -32,7 +32,7 @@ def changed(one: Job, other: Job) -> set[str]:
     }
 
 
-COMMON = {"mended", "faithful", "masked-end", "by-length", "loss-on-everything", "q-v-only", "low-scale"}
+COMMON = {"mended", "other-seed", "faithful", "masked-end", "by-length", "loss-on-everything", "q-v-only", "low-scale"}
 TOLD = {"half-precision", "unused-checkpointing", "no-held-out"}
 
 
@@ -40,8 +40,8 @@ TOLD = {"half-precision", "unused-checkpointing", "no-held-out"}
     ("letter", "others"),
     [
         ("A", {"double-start", "cut-length"}),
-        ("B", {"low-rate"}),
-        ("C", {"double-start", "cut-length", "low-rate", "no-template", "unknown-task"}),
+        ("B", {"low-rate", "rate-as-written"}),
+        ("C", {"double-start", "cut-length", "low-rate", "rate-as-written", "no-template", "unknown-task"}),
     ],
 )
 def test_the_faults_of_a_job_are_those_of_its_files(letter: str, others: set[str]) -> None:
@@ -53,6 +53,7 @@ def test_a_variant_is_the_mended_job_with_a_single_fault() -> None:
     mended = found["mended"].job
     assert mended is not None
     settings = {
+        "other-seed": {".seed"},
         "masked-end": {"faults.commit"},
         "double-start": {"faults.commit"},
         "by-length": {"faults.commit"},
@@ -60,6 +61,7 @@ def test_a_variant_is_the_mended_job_with_a_single_fault() -> None:
         "loss-on-everything": {"data.train_on"},
         "q-v-only": {"adapter.targets"},
         "low-rate": {"train.learning_rate"},
+        "rate-as-written": {"train.learning_rate"},
         "low-scale": {"adapter.alpha"},
         "cut-length": {"data.max_length", "data.long"},
     }

@@ -2,7 +2,7 @@
 
 A is miniguanaco, the best-known Llama-2 notebook; B the KDnuggets article; C the project Lamina began with. Without --model they are
 scaled down to the demo's base and data, some minutes on two cores. Flags hold for every variant. All are measured on the same held-out
-rows. The folder, runs/replay-A-1 unless --out names another, holds a run for each variant, replay.json and a page."""
+rows. The folder, runs/replay-A-1 unless --out names another, holds a run for each variant, replay.json and the page replay.html."""
 
 import argparse
 import sys
@@ -55,7 +55,7 @@ def _print(found: Replayed, machines: bool) -> None:
     table(COLUMNS, rows(entries), sys.stdout)
     print()
     print("\n".join(map(clean, lines(entries))))
-    print(f"\nThe replay is in {found.folder}: a run for each variant, replay.json and replay.md")
+    print(f"\nThe replay is in {found.folder}: a run for each variant, replay.json and replay.html")
 
 
 class _Brief:

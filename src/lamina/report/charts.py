@@ -22,6 +22,7 @@ from lamina.report.drawing import (
     said,
     shortened,
     thin,
+    width_of,
     written,
 )
 
@@ -89,7 +90,8 @@ def lines(
         log: which axes are logarithmic: "", "x", "y" or "xy"; x to base 2, for ranks.
         marks: (x, what it is) of vertical lines.
     """
-    with canvas() as (figure, axes):
+    legend = _Legend([line.name for line in of])
+    with canvas(top=max(20, legend.height + (18 if marks else 8))) as (figure, axes):
         for line in of:
             _draw(axes, line, "y" in log)
         for at, what in marks:
@@ -101,8 +103,8 @@ def lines(
         if "x" in log:
             _powers_of_two(axes, [at for line in of for at in line.x])
         if "y" in log and any((finite(value) or 0.0) > 0 for line in of for value in line.y):
-            axes.set_yscale("log")
-        _legend(figure, axes)
+            _logarithmic(axes)
+        legend.draw(figure, axes)
     points = sorted({at for line in of for at in line.x})
     values = [dict(zip(line.x, line.y, strict=True)) for line in of]
     rows = [[written(at), *(written(one.get(at)) for one in values)] for at in thin(points, ROWS)]
@@ -119,7 +121,8 @@ def bars(
         label: of the axis of values, with its unit.
     """
     height = 78 + len(names) * (14 + 11 * len(groups))
-    with canvas(height) as (figure, axes):
+    legend = _Legend(list(groups))
+    with canvas(height, left=16 + width_of(names), top=12 + legend.height) as (figure, axes):
         wide = 0.8 / len(groups)
         palette: tuple[Colour, ...] = ("tuned",) if len(groups) == 1 else ("base", "tuned", "dear")
         for number, (group, values) in enumerate(groups.items()):
@@ -128,7 +131,7 @@ def bars(
             axes.barh(places, lengths, wide * 0.86, color=COLOURS[palette[number]], label=said(group))
             for place, length, value in zip(places, lengths, values, strict=True):
                 axes.annotate(
-                    written(value),
+                    _brief(value),
                     (max(length, 0.0), place),
                     (4, 0),
                     textcoords="offset points",
@@ -140,8 +143,7 @@ def bars(
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.16)
         axes.set_xlabel(said(label))
-        if len(groups) > 1:
-            _legend(figure, axes)
+        legend.draw(figure, axes)
     rows = [[name, *(written(values[n]) for values in groups.values())] for n, name in enumerate(names)]
     return Chart(title, caption, figure, ["", *groups], rows)
 
@@ -162,11 +164,13 @@ def heat(
     rows, columns = names
     known = [value for row in values for value in row if finite(value) is not None]
     edges = _edges([value for value in known if value is not None])
-    with canvas(96 + 24 * len(rows)) as (figure, axes):
+    height = 94 + len(rows) * max(9, min(24, 380 / max(1, len(rows))))
+    with canvas(height, left=30 + width_of(rows), top=50) as (figure, axes):
         _cells(axes, values, edges)
         every = -(-len(columns) // 16)
         axes.set_xticks(range(0, len(columns), every), shortened(columns[::every]))
-        axes.set_yticks(range(len(rows)), shortened(rows))
+        every = -(-len(rows) // 20)
+        axes.set_yticks(range(0, len(rows), every), shortened(rows[::every]))
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(length=0)
@@ -193,11 +197,36 @@ def _draw(axes: Any, line: Line, log: bool) -> None:
     axes.plot(x, y, color=colour, label=said(line.name), **shown)
 
 
-def _legend(figure: Any, axes: Any) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    if len(handles) > 1:
-        columns = 3 if sum(map(len, names)) < 60 else 2
-        figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize=9.5, handlelength=1.8)
+def _brief(value: float | None) -> str:
+    """A number at the end of a bar: three digits."""
+    number = finite(value)
+    return written(value) if number is None else f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+class _Legend:
+    """The names of the lines or bars above the axes; of a single one there is none."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.columns = 3 if sum(map(len, names)) < 45 else 2
+        self.height = 16 * -(-len(names) // self.columns) if len(names) > 1 else 0
+
+    def draw(self, figure: Any, axes: Any) -> None:
+        """Draws it, once the lines are there."""
+        handles, names = axes.get_legend_handles_labels()
+        if self.height:
+            at = {"loc": "upper left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.1}
+            figure.legend(handles, names, ncols=self.columns, fontsize=9.5, handlelength=1.8, **at)
+
+
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5 times the powers of ten, or at the powers, where these are many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(10, (1.0,) if high / low > 1e3 else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    axes.minorticks_off()
 
 
 def _powers_of_two(axes: Any, at: Sequence[float]) -> None:
@@ -220,22 +249,21 @@ def _edges(values: Sequence[float]) -> list[float]:
 
 
 def _cells(axes: Any, values: Sequence[Sequence[float | None]], edges: Sequence[float]) -> None:
+    from matplotlib.collections import PolyCollection
+
     write = sum(map(len, values)) <= VALUES
+    squares, shades = [], []
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             if (number := finite(value)) is None:
                 continue
             shade = max(0, min(STEPS - 1, sum(number >= edge for edge in edges) - 1))
-            axes.fill(
-                [column - 0.5, column + 0.5, column + 0.5, column - 0.5],
-                [row - 0.5, row - 0.5, row + 0.5, row + 0.5],
-                facecolor=SHADES[shade],
-                edgecolor=COLOURS["paper"],
-                linewidth=1,
-            )
+            squares.append([(column + x, row + y) for x, y in ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))])
+            shades.append(SHADES[shade])
             if write:
                 size = 9.5 if len(line) <= 8 else 8
                 axes.text(column, row, f"{number:.2g}", ha="center", va="center", color=ON_SHADES[shade], fontsize=size)
+    axes.add_collection(PolyCollection(squares, facecolors=shades, edgecolors=COLOURS["paper"], linewidths=1))
 
 
 def _scale(figure: Any, axes: Any, edges: Sequence[float], label: str) -> None:
@@ -244,7 +272,9 @@ def _scale(figure: Any, axes: Any, edges: Sequence[float], label: str) -> None:
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     shades = ScalarMappable(BoundaryNorm(list(edges), STEPS), ListedColormap(SHADES))
-    bar = figure.colorbar(shades, ax=axes, location="top", aspect=40, pad=0.03, spacing="uniform", drawedges=False)
+    place, high = axes.get_position(), 72 * figure.get_figheight()
+    box = figure.add_axes((place.x0, 1 - 41 / high, place.width, 8 / high))
+    bar = figure.colorbar(shades, cax=box, orientation="horizontal", ticklocation="top", spacing="uniform")
     bar.set_ticks([edges[0], edges[STEPS // 2], edges[-1]], labels=[f"{edges[n]:.3g}" for n in (0, STEPS // 2, STEPS)])
     bar.set_label(said(label))
     bar.outline.set_visible(False)

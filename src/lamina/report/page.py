@@ -29,7 +29,9 @@ from lamina.report.console import clean
 from lamina.report.drawing import svg
 from lamina.report.record import write_text
 
-_NUMBER = re.compile(r"[-−+≤≥<>≈ ]*[\d.,]+(e[-+]?\d+)?( ?(%|s|ms|min|h|nats|GiB|MiB|GB|MB|B)( \d\d? (s|min))?)?|[-–—]|")
+_NUMBER = re.compile(
+    r"[-−+≤≥<>≈ ]*[\d.,]+(e[-+]?\d+)?([ \u00a0]?(%|s|ms|min|h|nats|GiB|MiB|GB|MB|B)( \d\d? (s|min))?)?|[-–—]|"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    stacks: bool = False
+    """On a narrow screen the cells of a row stand below each other; for long texts."""
 
     @property
     def kinds(self) -> list[str]:

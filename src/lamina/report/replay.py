@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lamina.report.charts import Chart, bars
+from lamina.report.page import Page, Points, Sayings, Table
 from lamina.understand.beside import MEASURES, Change, Outcome, change
 
 COLUMNS = ("variant", "held-out loss", "ends by itself", "word for word", "tokens", "KL from base", "left in bf16")
@@ -15,9 +17,19 @@ _NAMES = {
     "kl": "the distance from the base (KL)",
 }
 _PLURAL = ("stop_rate", "exact_match")
-_SLIGHT = 0.02  # of the tokens that are learnt, relative: below it a difference is not worth a word
+_ASKED = 3  # prompts whose answers stand side by side
+_LEAD = (
+    "Every variant is the mended job with one thing as the original has it, over the same frozen base. A difference is named where it goes "
+    "beyond the chance of which rows are held out (95 %, paired) and beyond what another seed did to the mended job."
+)
+_CAPTION = (
+    "Loss and KL in nats per answer token; answers that end by themselves, and that are the data's word for word; their mean length in "
+    "tokens; and the share of the update that is left after a merge in bf16."
+)
+_SLIGHT = 0.02  # relative, of what is no share: below it a difference is not worth a word, however sure
+_UNCHANGED = 0.05  # share of answers that training left as they were, above which it is told
 _WAVES = 0.3  # of a correlation: some 250 steps at random stay within 0.13 of zero
-_FADING = 0.9  # share of the update that is left after rounding, below which it is told
+_FADING = 0.95  # share of the update that is left after rounding, below which it is told
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Entry:
         return cls(found["name"], found["what"], measured, found["facts"], found["reason"])
 
 
-def rows(entries: list[Entry]) -> list[tuple[str, ...]]:
+def rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     """The cells of the table, a row an entry."""
     return [_cells(entry) for entry in entries]
 
@@ -92,15 +104,33 @@ def sentence(entry: Entry, entries: Sequence[Entry]) -> str:
     control = chance.outcome if chance is not None and chance is not entry else None
     said = list(_differences(mended.outcome, entry.outcome, control))
     said = said or [f"no effect on the answers beyond chance, on {len(entry.outcome.values('loss'))} held-out rows"]
-    return "; ".join([*said, *_of_the_run(entry.facts, mended.facts)])
+    return "; ".join([*said, *_like_the_base(entry, entries), *_of_the_run(entry.facts, mended.facts)])
+
+
+def _like_the_base(entry: Entry, entries: Sequence[Entry]) -> Iterator[str]:
+    """How many answers are still the untouched base's: training that did nothing shows here."""
+    base = next((one.outcome for one in entries if one.name == "base"), None)
+    if base is None or entry.outcome is None:
+        return
+    before = {answer.row: answer.answer for answer in base.answers}
+    same = [answer.answer == before[answer.row] for answer in entry.outcome.answers if answer.row in before]
+    if same and sum(same) / len(same) > _UNCHANGED:
+        yield f"{sum(same) / len(same):.0%} of its answers are the untouched base's, word for word"
 
 
 def _differences(before: Outcome, after: Outcome, control: Outcome | None) -> Iterator[str]:
     for measure in ("stop_rate", "exact_match", "mean_tokens", "loss", "kl"):
-        found, usual = change(measure, before, after), control and change(measure, before, control)
-        first, second = (_shown(measure, getattr(side, measure)) for side in (before, after))
-        if found and found.found and first != second and not (usual and abs(found.mean) <= abs(usual.mean)):
+        found = change(measure, before, after)
+        usual = change(measure, before, control) if control else None
+        if found and found.found and abs(found.mean) > _least(measure, before, usual):
+            first, second = (_shown(measure, getattr(side, measure)) for side in (before, after))
             yield f"{_NAMES[measure]} {_verb(measure, found)} from {first} to {second}"
+
+
+def _least(measure: str, before: Outcome, usual: Change | None) -> float:
+    """What a difference must exceed to be told: that of another seed, and a small share of what is no share itself."""
+    chance = abs(usual.mean) if usual else 0.0
+    return chance if measure in _PLURAL else max(chance, _SLIGHT * getattr(before, measure))
 
 
 def _verb(measure: str, found: Change) -> str:
@@ -132,12 +162,12 @@ def _merged(facts: Mapping[str, float]) -> str:
     )
 
 
-def lines(entries: list[Entry]) -> list[str]:
+def lines(entries: Sequence[Entry]) -> list[str]:
     """A sentence an entry."""
     return [f"{entry.name} ({entry.what}): {sentence(entry, entries)}" for entry in entries]
 
 
-def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
+def as_json(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """The entries with their sentences and with how each differs from the mended job, with its 95 % interval."""
     mended = next((entry for entry in entries if entry.name == "mended"), None)
     if mended is None or mended.outcome is None:
@@ -151,9 +181,63 @@ def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
     return found
 
 
-def markdown(title: str, intro: list[str], entries: list[Entry]) -> str:
-    """The page as Markdown."""
-    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    table = ["| " + " | ".join(cells) + " |" for cells in rows(entries)]
-    told = [f"* **{line.partition(' (')[0]}** ({line.partition(' (')[2]}" for line in lines(entries)]
-    return "\n".join([f"# {title}", "", *intro, "", *head, *table, "", "## What each did", "", *told]) + "\n"
+def page(letter: str, facts: Sequence[tuple[str, str]], entries: Sequence[Entry], job: str) -> Page:
+    """The page of a replay.
+
+    Args:
+        facts: (name, value) pairs that stand above the first chapter.
+        job: the mended job's file.
+    """
+    made = Page(f"What each fault of job {letter} did", _LEAD, facts)
+    measured = [entry for entry in entries if entry.outcome is not None]
+    told = [entry for entry in entries if entry.outcome is None and entry.reason]
+    chapter = made.section("Fault by fault", "What differs from the mended job, made from the numbers below.")
+    chapter.add(Sayings([(one.name, _whole(one.what, sentence(one, entries))) for one in entries if one not in told]))
+    numbers = made.section(
+        "The numbers", "Every row is a run of its own in this folder; all are measured on the same held-out rows."
+    )
+    numbers.table(Table("Variant by variant", COLUMNS, rows(measured), _CAPTION))
+    numbers.chart(*_charts(measured))
+    if any(entry.outcome and entry.outcome.answers for entry in measured):
+        made.section("The same questions, asked of each").table(_answers(measured))
+    if told:
+        others = made.section("What was not committed, and why")
+        others.add(Points([("note", f"{entry.name}: {entry.what}", [entry.reason]) for entry in told]))
+    made.section(
+        "The mended job", "A variant differs from it in a single thing; its own job.toml is in its folder."
+    ).code("job.toml", job)
+    return made
+
+
+def _whole(*sentences: str) -> str:
+    """Sentences with a capital and a full stop."""
+    return " ".join(f"{text[:1].upper()}{text[1:]}." for text in sentences)
+
+
+def _charts(measured: Sequence[Entry]) -> list[Chart]:
+    names = [entry.name for entry in measured]
+
+    def values(measure: str, factor: float) -> list[float | None]:
+        found = (getattr(entry.outcome, measure) for entry in measured)
+        return [None if value is None else round(factor * value, 4) for value in found]
+
+    loss = bars("Held-out loss", "Shorter is better.", names, {"loss": values("loss", 1)}, "nats per answer token")
+    if all(value is None for value in values("stop_rate", 1)):
+        return [loss]
+    shares = {"end by themselves": values("stop_rate", 100), "word for word": values("exact_match", 100)}
+    return [bars("Answers", "Longer is better.", names, shares, "% of the answers"), loss]
+
+
+def _answers(measured: Sequence[Entry]) -> Table:
+    """What each variant answers to the first prompts."""
+    every = {
+        entry.name: {answer.row: answer for answer in entry.outcome.answers} for entry in measured if entry.outcome
+    }
+    asked = list(every.get("mended", {}).values())[:_ASKED]
+    table = [["the data", *(answer.reference for answer in asked)]]
+    for name, given in every.items():
+        cells = [given[answer.row] for answer in asked if answer.row in given]
+        if len(cells) == len(asked):
+            table.append([name, *(f"{cell.answer}{'' if cell.stopped else ' …'}" for cell in cells)])
+    caption = "… marks an answer that did not end by itself."
+    return Table("Side by side", ["", *(answer.prompt for answer in asked)], table, caption)

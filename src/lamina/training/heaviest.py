@@ -43,9 +43,9 @@ def rows_by_step(
     return np.concatenate([rows, np.full(-len(rows) % size, -1)]).reshape(-1, size)
 
 
-def tokens_of(lengths: NDArray[np.int64], training: Training, seed: int) -> int:
+def tokens_of(lengths: NDArray[np.int64], training: Training, seed: int, order: Order = shuffled) -> int:
     """Tokens of all steps."""
-    rows = rows_by_step(lengths, training, seed)
+    rows = rows_by_step(lengths, training, seed, order)
     counted = int(np.where(rows >= 0, lengths[rows], 0).sum())
     return counted * training.total_steps(len(lengths)) // len(rows)
 

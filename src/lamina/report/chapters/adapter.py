@@ -1,7 +1,7 @@
 """What the adapter is: maps of its size and rank, its spectra, the rank it needs, and how it grew."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -9,13 +9,15 @@ from lamina.report import charts
 from lamina.report.chapters.words import fine_percent, layer_name, loss, percent
 from lamina.report.charts import Chart, Line
 from lamina.report.drawing import thin
-from lamina.report.kept import Cell, Explanation, Kept, Ledger, Matrix, Ranks
+from lamina.report.forms import Cell, Explanation, Matrix, Ranks
+from lamina.report.kept import Kept, Ledger
 from lamina.report.page import Page
 
 COLUMNS = 20
 """Steps in the map of growth."""
 LISTED = 12
 """Matrices that did not move."""
+_COMPUTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def adapter(page: Page, kept: Kept) -> None:
@@ -26,13 +28,13 @@ def adapter(page: Page, kept: Kept) -> None:
     )
     found = kept.explanation
     if found is None:
-        section.note("There is no explanation.json; `lamina explain` says the same in the console.")
+        section.note("There is no explanation.json; lamina explain says the same in the console.")
         return
     if found.changes_nothing:
         section.note("This adapter changes nothing: B·A is zero in every matrix.")
         return
     section.chart(*_maps(found, kept.ledger))
-    section.chart(_shares(found), _spectrum(found.matrices))
+    section.chart(_shares(found), *_spectrum(found.matrices))
     section.chart(_energy(found), *([_ranks(found.ranks)] if found.ranks else []))
     if found.ranks is None:
         section.note(f"No held-out loss at lower ranks: {found.not_measured or 'it was not measured'}.")
@@ -65,8 +67,8 @@ def _maps(found: Explanation, ledger: Ledger | None) -> list[Chart]:
         first = _map(
             found.map,
             "Size of the update",
-            "‖ΔW‖/‖W‖: by how much of its norm each matrix was changed. Dark rows are the modules, dark columns the layers that carry "
-            "the task.",
+            "‖ΔW‖/‖W‖: by how much of its norm each matrix was changed. Strong rows are the modules, strong columns the layers that "
+            "carry the task.",
             lambda cell: None if (share := relative.get((cell.layer, cell.module))) is None else 100 * share,
             "‖ΔW‖/‖W‖ (%)",
         )
@@ -74,7 +76,7 @@ def _maps(found: Explanation, ledger: Ledger | None) -> list[Chart]:
         first = _map(
             found.map,
             "Size of the update",
-            "‖ΔW‖ of each matrix. Dark rows are the modules, dark columns the layers that carry the task; large matrices can have "
+            "‖ΔW‖ of each matrix. Strong rows are the modules, strong columns the layers that carry the task; large matrices have "
             "larger norms.",
             lambda cell: cell.norm,
             "‖ΔW‖",
@@ -100,36 +102,45 @@ def _from_ledger(cells: Sequence[Cell], ledger: Ledger) -> dict[tuple[str, str],
 
 
 def _map(cells: Sequence[Cell], title: str, caption: str, value: Callable[[Cell], float | None], label: str) -> Chart:
-    modules, layers = (list(dict.fromkeys(getattr(cell, key) for cell in cells)) for key in ("module", "layer"))
+    layers = list(dict.fromkeys(cell.layer for cell in cells))
+    modules = _in_order(cell.module for cell in cells)
     values = {(cell.module, cell.layer): value(cell) for cell in cells}
     table = [[values.get((module, layer)) for layer in layers] for module in modules]
     return charts.heat(title, caption, (modules, [*map(layer_name, layers)]), table, ("module", "layer", label))
 
 
+def _in_order(modules: Iterable[str]) -> list[str]:
+    """The modules in the order in which a layer computes them; others behind."""
+    known = {name: n for n, name in enumerate(_COMPUTED)}
+    return sorted(dict.fromkeys(modules), key=lambda name: known.get(name.rpartition(".")[2], len(known)))
+
+
 def _shares(found: Explanation) -> Chart:
     shares: Mapping[str, float] = found.shares.module
-    largest = max(shares, key=lambda name: shares[name])
+    names, largest = _in_order(shares), max(shares, key=lambda name: shares[name])
     return charts.bars(
         "Which modules carry it",
         f"Shares of ‖ΔW‖². {largest} has the largest, {percent(shares[largest])}; equal parts would be {percent(1 / len(shares))} each.",
-        list(shares),
-        {"share of ‖ΔW‖² (%)": [100 * share for share in shares.values()]},
+        names,
+        {"share of ‖ΔW‖² (%)": [100 * shares[name] for name in names]},
         "share of ‖ΔW‖² (%)",
     )
 
 
-def _spectrum(matrices: Sequence[Matrix]) -> Chart:
+def _spectrum(matrices: Sequence[Matrix]) -> list[Chart]:
     """Singular values relative to the largest: median over the matrices, and the middle four fifths of them."""
     scaled = [
         [v / m.singular_values[0] for v in m.singular_values]
         for m in matrices
         if m.norm > 0 and m.singular_values[0] > 0
     ]
+    if not scaled:
+        return []
     length = max(map(len, scaled))
     columns = [[line[n] for line in scaled if len(line) > n] for n in range(length)]
     low, high = ([float(np.quantile(column, q)) for column in columns] for q in (0.1, 0.9))
     x = list(range(1, length + 1))
-    return charts.lines(
+    chart = charts.lines(
         "Singular values",
         "Each relative to the largest of its matrix: median of all matrices, and the band in which four of five lie. A steep fall means "
         "that few directions carry the update.",
@@ -137,14 +148,16 @@ def _spectrum(matrices: Sequence[Matrix]) -> Chart:
         "number of the singular value",
         "share of the largest",
     )
+    return [chart]
 
 
 def _energy(found: Explanation) -> Chart:
     x, y = [one.rank for one in found.energy], [100 * one.share for one in found.energy]
-    fits = next((one.rank for one in found.energy if one.share >= 0.99), found.rank)
+    fits = next((one.rank for one in found.energy if one.share >= 0.99 and one.rank < found.rank), None)
+    said = "No lower one keeps 99 %." if fits is None else f"Rank {fits} keeps 99 %."
     return charts.lines(
         "Energy at lower ranks",
-        f"Share of ‖ΔW‖² that is left when every matrix is truncated to a rank. Rank {fits} keeps 99 %.",
+        f"Share of ‖ΔW‖² that is left when every matrix is truncated to a rank. {said}",
         [Line("share that is left", x, y, style="points")],
         "rank",
         "share of ‖ΔW‖² (%)",

@@ -6,8 +6,9 @@ from lamina.report import charts
 from lamina.report.chapters.words import certain, interval_of, loss, percent, plain, span
 from lamina.report.charts import Line
 from lamina.report.drawing import thin
-from lamina.report.kept import Answer, Card, Dose, Interval, Kept, Learnt, Side
-from lamina.report.kept import Token as Loss
+from lamina.report.forms import Answer, Card, Dose, Interval, Learnt, Side
+from lamina.report.forms import Token as Loss
+from lamina.report.kept import Kept
 from lamina.report.page import Page, Section, Table, Token, Tokens
 
 SHOWN = 8
@@ -157,7 +158,7 @@ def _answers(section: Section, card: Card) -> None:
     caption = (
         f"The first {len(rows)} of {len(pairs):,}; all of them are in card.json." if len(pairs) > len(rows) else ""
     )
-    section.table(Table("Answers side by side", ["prompt", "expected", "base", "adapter"], rows, caption))
+    section.table(Table("Answers side by side", ["prompt", "expected", "base", "adapter"], rows, caption, True))
 
 
 def _said(answer: Answer) -> str:

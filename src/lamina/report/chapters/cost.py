@@ -6,7 +6,8 @@ from lamina.report import charts
 from lamina.report.chapters.words import GIB, percent, size
 from lamina.report.charts import Chart
 from lamina.report.console import duration
-from lamina.report.kept import Finding, Kept, Memory
+from lamina.report.forms import Finding, Memory
+from lamina.report.kept import Kept
 from lamina.report.page import Page, Points
 
 _PARTS = {
@@ -31,23 +32,21 @@ def cost(page: Page, kept: Kept) -> None:
     )
     card = kept.card
     drawn = [] if card is None or card.memory is None else [_memory(card.memory)]
-    seconds = {} if card is None else card.seconds
-    if not seconds and kept.steps:
-        seconds = {"training": sum(step.seconds for step in kept.steps)}
-    if seconds:
-        drawn.append(_time(seconds))
+    if card is not None and card.seconds:
+        drawn.append(_time(card.seconds))
     if drawn:
         section.chart(*drawn)
     if card is None or card.memory is None:
         section.note("There is no card.json with the memory plan and its measurement.")
-    if card is not None and not card.seconds:
-        section.note("The run's time was not split into its parts; training alone is known.")
+    if card is None or not card.seconds:
+        trained = duration(sum(step.seconds for step in kept.steps))
+        section.note(f"The run's time was not split into its parts; its training steps took {trained}.")
 
 
 def findings(page: Page, kept: Kept) -> None:
     """Adds the chapter of the doctor."""
     section = page.section(
-        "The doctor's findings", "What `lamina check` saw in job, model and data before the first step."
+        "The doctor's findings", "What lamina check saw in job, model and data before the first step."
     )
     if kept.check is None:
         section.note("There is no check.json: the job was not checked before the run.")
@@ -69,7 +68,7 @@ def job(page: Page, kept: Kept) -> None:
 def _memory(memory: Memory) -> Chart:
     plan = memory.planned
     share = memory.measured_bytes / plan.total_bytes if plan.total_bytes else 0.0
-    large = plan.total_bytes >= GIB / 10
+    large = plan.total_bytes >= GIB
     unit, by = ("GiB", GIB) if large else ("MiB", 2**20)
     items = [(name, amount) for name, amount in plan.items.items() if amount]
     names = [*(name for name, _ in items), "planned, all", "measured peak"]

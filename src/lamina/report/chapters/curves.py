@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from lamina.report import charts
 from lamina.report.chapters.words import loss
 from lamina.report.charts import Line
-from lamina.report.kept import Kept, Step
+from lamina.report.forms import Step
+from lamina.report.kept import Kept
 from lamina.report.page import Page
 
 WIDE = 20.0

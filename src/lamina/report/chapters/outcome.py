@@ -5,10 +5,12 @@ claimed, and where something was not measured that is the sentence.
 """
 
 import math
+import statistics
 
 from lamina.report.chapters.words import certain, fine_percent, interval_of, layer_name, loss, percent, plain, size
 from lamina.report.console import duration
-from lamina.report.kept import Card, Change, Explanation, Kept
+from lamina.report.forms import Card, Change, Explanation
+from lamina.report.kept import Kept
 from lamina.report.page import Page, Sayings
 
 _TELLING = 0.05
@@ -117,8 +119,9 @@ def updating(explanation: Explanation | None) -> str:
     if explanation.changes_nothing:
         return "The adapter changes nothing: B·A is zero in every matrix."
     effective = [matrix.effective_rank for matrix in explanation.matrices if matrix.norm > 0]
-    mean = sum(effective) / len(effective)
-    said = f"It has rank {explanation.rank} and uses it as {mean:.1f} equal directions would (effective rank, mean)"
+    said = f"It has rank {explanation.rank}"
+    if effective:
+        said += f" and uses it as {statistics.mean(effective):.1f} equal directions would (effective rank, mean)"
     ranks = explanation.ranks
     if ranks is not None and ranks.enough is not None:
         said += f"; rank {ranks.enough} would have done, losing at most 1 % of the improvement"
@@ -164,7 +167,7 @@ def _probability(nats: float) -> str:
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.1f} %".replace("-", "−")
+    return f"{100 * share:+.1f}\u00a0%".replace("-", "−")
 
 
 def _many(count: int, what: str) -> str:

@@ -1,8 +1,8 @@
-"""How the page writes numbers, intervals and names."""
+"""How the page writes numbers, intervals and names; no line ends between a number and its unit."""
 
 import math
 
-from lamina.report.kept import Change, Interval
+from lamina.report.forms import Change, Interval
 
 GIB = 2**30
 
@@ -14,12 +14,12 @@ def loss(value: float | None) -> str:
 
 def percent(value: float | None, digits: int = 0) -> str:
     """A share as a percentage."""
-    return "–" if value is None else f"{_number(100 * value, f',.{digits}f')} %"
+    return "–" if value is None else f"{_number(100 * value, f',.{digits}f')}\u00a0%"
 
 
 def fine_percent(value: float) -> str:
     """A share of whatever size: two digits of a small one."""
-    return f"{100 * value:.2g} %" if abs(value) < 0.1 else percent(value)
+    return f"{100 * value:.2g}\u00a0%" if abs(value) < 0.1 else percent(value)
 
 
 def plain(value: float | None) -> str:
@@ -29,7 +29,7 @@ def plain(value: float | None) -> str:
 
 def size(bytes_: int) -> str:
     """Bytes as people say them."""
-    return f"{bytes_ / GIB:,.2f} GiB" if bytes_ >= GIB / 10 else f"{bytes_ / 2**20:,.1f} MiB"
+    return f"{bytes_ / GIB:,.2f}\u00a0GiB" if bytes_ >= GIB else f"{bytes_ / 2**20:,.1f}\u00a0MiB"
 
 
 def span(interval: Interval, form: str) -> str:

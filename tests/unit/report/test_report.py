@@ -1,0 +1,255 @@
+"""A run's page: whatever its folder holds or lacks, it says so; damaged files are one line; nothing in it acts."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kept_run import card, dump, explanation, write_kept, write_ledger, write_lines
+
+from lamina import cli
+from lamina.errors import CheckpointError
+from lamina.report.chapters.card import shade
+from lamina.report.chapters.curves import smoothed
+from lamina.report.chapters.outcome import answering, forgetting, learning, updating
+from lamina.report.forms import Card, Explanation, Step
+from lamina.report.kept import Kept, read_kept
+from lamina.report.page import Text
+from lamina.reporting import page_of, report
+
+HOSTILE = '<script>alert(1)</script>{{7*7}}</style>" onload="x" \x00\x1b[2J\u202e$a$'
+FILES = ("metrics.jsonl", "card.json", "explanation.json", "check.json", "samples.jsonl", "ledger.parquet")
+
+
+def html(folder: Path) -> str:
+    return plain(report(folder).read_text(encoding="utf-8"))
+
+
+def plain(text: str) -> str:
+    """With spaces that may break."""
+    return text.replace("\u00a0", " ")
+
+
+def notes(folder: Path) -> list[str]:
+    """The paragraphs of the page, without drawing it."""
+    return [block.text for s in page_of(read_kept(folder)).sections for block in s.blocks if isinstance(block, Text)]
+
+
+def test_every_chapter_with_its_charts(tmp_path: Path) -> None:
+    text = html(write_kept(tmp_path / "run"))
+    for title in (
+        "The outcome",
+        "How it learnt",
+        "Before and after",
+        "Token by token",
+        "What the update is",
+        "How it grew",
+    ):
+        assert f">{title}</h2>" in text
+    for title in ("Answers over the steps", "What it cost", "The doctor&#39;s findings", "The job"):
+        assert f">{title}</h2>" in text
+    assert text.count("<svg") == text.count('<figure class="chart">') == 15
+    assert 'class="muted"' not in text, "nothing is absent"
+    assert "It learnt: on 900 held-out answer tokens the loss fell from 3.000 to 0.600" in text
+    assert "1 of 21 matrices did not move: layer 0 self_attn.q_proj." in text
+
+
+def test_text_of_data_models_and_doctor_is_shown_and_does_nothing(tmp_path: Path) -> None:
+    text = html(write_kept(tmp_path / "run", text=HOSTILE))
+    assert "<script" not in text and "{{7*7}}" in text and 'onload="' not in text and text.count("</style>") == 1
+    assert not set("\x00\x1b\u202e") & set(text)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;{{7*7}}" in text
+
+
+def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert html(write_kept(tmp_path / "a")) == html(write_kept(tmp_path / "b"))
+
+
+def test_a_page_of_250_steps_and_224_matrices_is_small(tmp_path: Path) -> None:
+    assert len(html(write_kept(tmp_path / "run", steps=250, layers=32, rank=64)).encode()) < 1_500_000
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_absent_is_said_to_be(name: str, tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    (folder / name).unlink()
+    assert any(f"no {name}" in text for text in notes(folder))
+
+
+def test_a_folder_with_nothing_but_a_job(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    for name in FILES:
+        (folder / name).unlink()
+    text = html(folder)
+    assert "it has not ended, or it was interrupted" in text and "<svg" not in text
+    (folder / "job.toml").unlink()
+    with pytest.raises(CheckpointError, match="found no job.toml, expected the folder of a run"):
+        report(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut", "bytes", "other"])
+def test_a_damaged_file_is_one_line(name: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_kept(tmp_path / "run")
+    path = folder / name
+    content = path.read_bytes()
+    damaged = {"cut": content[:-5] + b"\n", "bytes": b"\xff\xfe\x00\n", "other": b'[{"loss": "x"}]\n'}
+    path.write_bytes(damaged[damage])
+    if name == "metrics.jsonl" and damage == "other":
+        path.write_bytes(b'{"step": 1, "loss": "x"}\n')
+    assert cli.main(["report", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"lamina: {path}: cannot be read (") and err.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
+def test_values_that_do_not_fit_name_their_place(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    dump(folder / "card.json", card("a", 3) | {"base": {"held_out": {"loss": "much"}}})
+    with pytest.raises(
+        CheckpointError, match=r"card.json: cannot be read \(base.held_out.loss: Input should be a valid"
+    ):
+        report(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1e308, 0.0])
+def test_losses_that_are_no_numbers(value: float, tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    made = card("a", 60)
+    for side in ("base", "adapter"):
+        for part in ("held_out", "neutral"):
+            made[side][part] |= {"loss": value, "perplexity": value}
+    made["dose"] |= {"task": [value] * 7, "neutral": [value] * 7}
+    made["difference"] |= {"held_out.loss": [value, value, value]}
+    dump(folder / "card.json", made)
+    found = explanation(3, 8)
+    for matrix in found["matrices"]:
+        matrix |= {"norm": value, "singular_values": [value] * 8}
+    for cell in found["map"]:
+        cell |= {"norm": value, "relative": value}
+    found["ranks"] |= {"base_loss": value, "adapter_loss": value}
+    dump(folder / "explanation.json", found)
+    lines = [{"step": 0, "eval_loss": value, "eval_tokens": 9}]
+    lines += [json.loads(line) | {"loss": value, "grad_norm": value} for line in steps_of(folder)]
+    write_lines(folder / "metrics.jsonl", lines)
+    assert html(folder).count("<svg") >= 14
+
+
+def steps_of(folder: Path) -> list[str]:
+    return [line for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if '"loss"' in line]
+
+
+def test_a_run_of_one_step_without_held_out_rows(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run", steps=1, layers=1, rank=1)
+    write_lines(folder / "metrics.jsonl", [json.loads(line) for line in steps_of(folder)])
+    nothing: dict[str, Any] = dict.fromkeys(("held_out", "answers", "neutral"))
+    made = card("a", 1) | {"base": nothing, "adapter": nothing, "difference": {}, "learnt": None, "dose": None}
+    dump(folder / "card.json", made | {"kl": None, "seconds": {}})
+    dump(folder / "explanation.json", explanation(1, 1) | {"ranks": None, "not_measured": "the run held out no rows"})
+    text = html(folder)
+    assert "Nothing was held out, so whether it learnt more than its training rows by heart cannot be said" in text
+    assert "No held-out loss at lower ranks: the run held out no rows." in text
+    assert "No held-out prompts were answered" in text and "no neutral text was measured" in text
+
+
+def test_an_empty_ledger_and_one_with_a_row_too_few(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    folder = write_kept(tmp_path / "run")
+    table = pyarrow.parquet.read_table(folder / "ledger.parquet")
+    pyarrow.parquet.write_table(table.slice(0, 0), folder / "ledger.parquet")
+    assert "There is no ledger.parquet." in notes(folder)
+    pyarrow.parquet.write_table(table.slice(1), folder / "ledger.parquet")
+    with pytest.raises(CheckpointError, match="1259 rows, expected 60 steps of 21 matrices"):
+        report(folder)
+    write_ledger(folder / "ledger.parquet", 1, 1)
+    assert any("1 of 7 matrices did not move" in note for note in notes(folder))
+
+
+def kept(tmp_path: Path) -> Kept:
+    return read_kept(write_kept(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "change", "said"),
+    [
+        (3.0, 0.6, [-2.4, -2.6, -2.2], "It learnt: on 900 held-out answer tokens the loss fell from 3.000 to 0.600"),
+        (3.0, 2.98, [-0.02, -0.03, -0.01], "It learnt very little: "),
+        (3.0, 2.98, [-0.02, -0.05, 0.01], "that cannot be told from no change, so nothing measurable was learnt"),
+        (3.0, 3.5, [0.5, 0.4, 0.6], "It became worse: on 900 held-out answer tokens the loss rose from 3.000 to 3.500"),
+        (3.0, 3.0, None, "nothing measurable was learnt"),
+        (3.0, 2.0, None, "It learnt: on 900 held-out answer tokens the loss fell from 3.000 to 2.000"),
+        (3.0, math.nan, None, "nothing measurable was learnt"),
+    ],
+)
+def test_whether_it_learnt(before: float, after: float, change: Any, said: str, tmp_path: Path) -> None:
+    made = card("a", 60)
+    made["base"]["held_out"]["loss"], made["adapter"]["held_out"]["loss"] = before, after
+    made["difference"] = {} if change is None else {"held_out.loss": change}
+    assert said in plain(learning(Card(**made), kept(tmp_path)))
+
+
+def test_whether_it_stops() -> None:
+    made = card("a", 60)
+    assert "75 % end by themselves (base 75 %): many do not, so the end token was not learnt" in plain(
+        answering(Card(**made))
+    )
+    made["adapter"]["answers"] |= {"stop_rate": 1.0, "mean_tokens": 8.4, "exact_match": None}
+    assert plain(answering(Card(**made))) == (
+        "Of its 12 answers to held-out prompts 100 % end by themselves (base 75 %); they are 8 tokens long on average (base 12)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "change", "said"),
+    [
+        (10.2, None, "Little was forgotten: the perplexity of neutral text went from 10 to 10.2 (+2.0 %)"),
+        (11.0, None, "Something was forgotten: "),
+        (13.0, [0.2, 0.1, 0.3], "Much was forgotten: "),
+        (13.0, [0.2, -0.1, 0.3], "Nothing measurable was forgotten: "),
+        (9.0, [-0.1, -0.2, -0.05], "Nothing was forgotten that the neutral text would show: "),
+    ],
+)
+def test_what_was_forgotten(perplexity: float, change: Any, said: str) -> None:
+    made = card("a", 60)
+    made["base"]["neutral"]["perplexity"], made["adapter"]["neutral"]["perplexity"] = 10.0, perplexity
+    made["difference"] = {} if change is None else {"neutral.loss": change}
+    assert plain(forgetting(Card(**made))).startswith(said)
+
+
+def test_what_the_update_is() -> None:
+    found = explanation(3, 8)
+    found["ranks"]["enough"] = 2
+    assert "rank 2 would have done, losing at most 1 % of the improvement" in plain(updating(Explanation(**found)))
+    found["ranks"] |= {"enough": None, "adapter_loss": 4.0}
+    assert "would have done" not in updating(Explanation(**found))
+    assert updating(Explanation(**found | {"changes_nothing": True})).startswith("The adapter changes nothing")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [(4.0, 2.0, "much"), (4.0, 3.5, "some"), (4.0, 3.9, "same"), (4.0, 4.5, "worse"), (None, None, "context")],
+)
+def test_the_shades_of_tokens(before: float | None, after: float | None, name: str) -> None:
+    assert shade(before, after) == name
+
+
+def test_smoothing_counts_tokens_and_keeps_a_constant() -> None:
+    def step(number: int, loss: float, tokens: int) -> Step:
+        return Step(step=number, loss=loss, tokens=9, supervised_tokens=tokens, learning_rate=1, grad_norm=1, seconds=1)
+
+    assert smoothed([step(1, 2.0, 1), step(2, 4.0, 3)]) == [3.5, 3.5]
+    assert smoothed([step(n, 2.0, 0) for n in range(3)]) == [2.0] * 3
+
+
+def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_kept(tmp_path / "run")
+    assert cli.main(["report", str(folder), "--out", str(tmp_path / "page.html"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"report": str(tmp_path / "page.html")}
+    assert (tmp_path / "page.html").is_file() and not (folder / "report.html").exists()
+    (folder / "explanation.json").unlink()
+    assert cli.main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"wrote {folder / 'report.html'}\n"
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "found no job.toml, expected the folder of a run" in capsys.readouterr().err
