@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lamina.adapter import AdaptedLinear, adapted, adapter_scale
@@ -21,13 +20,14 @@ from lamina.errors import AdapterError, CheckpointError, ConfigError, DataError
 from lamina.evaluation import evaluate
 from lamina.job import base_folder, read_job
 from lamina.model.architecture import read_config
-from lamina.model.checkpoint import Stored, stored_tensors, summary
+from lamina.model.checkpoint import stored_tensors, summary
 from lamina.model.decoder import Decoder
 from lamina.model.fingerprint import stored_fingerprint
 from lamina.model.quantised import form_of
-from lamina.model.storage import parts_of
+from lamina.model.storage import Matrix, form_stored, parts_of
 from lamina.model.weights import ModelSettings, used_tensors
 from lamina.opened import adapter_folder, held_out_of, open_run
+from lamina.ops.frozen import SharedBuffer
 from lamina.understand.alignment import relate
 from lamina.understand.explanation import Explanation
 from lamina.understand.factors import AdapterFile, Shrunk, open_adapter, save_truncated
@@ -57,7 +57,8 @@ def explain(
 
     Args:
         name: folder of a run, whose base is its job's; or of an adapter, whose base need not be known.
-        base: a model to compare with: folder, or id on the hub. Of any family: its matrices are found by their names.
+        base: a model to compare with: folder, or id on the hub. Of any family: its matrices are found by their names. Stored
+            in four or eight bits, it is compared as the numbers that these stand for.
         best: the run's adapter of the best evaluation instead of the last.
         exact: decompose every matrix of the base fully; otherwise those above ``alignment.DENSE`` are estimated.
         losses: of a run: measure the held-out loss of base, adapter, and adapter truncated to ranks 1, 2, 4, …
@@ -67,7 +68,7 @@ def explain(
 
     Raises:
         AdapterError: no adapter there, a damaged one, one with features that are not computed, or of another base.
-        ModelError: the base cannot be found or read.
+        ModelError: the base cannot be found or read, or is stored in a form that is not computed.
         ConfigError: ``best`` of what is no run.
         CheckpointError: a run that has not saved such an adapter.
     """
@@ -146,21 +147,23 @@ def _open(name: Path, best: bool) -> AdapterFile:
     return open_adapter(name)
 
 
-def _weights(folder: Path, adapter: AdapterFile) -> dict[str, Stored]:
-    """Where the adapted matrices of a base are stored, by the path of their module."""
+def _weights(folder: Path, adapter: AdapterFile) -> dict[str, Matrix]:
+    """The adapted matrices of a base by the path of their module, as they are stored: as numbers, or quantised."""
     stored = stored_tensors(folder)
-    if parts_of(stored):
-        raise AdapterError(
-            f"{folder}: stores its linears quantised, expected plain numbers; name the model that it was made from as --base, "
-            "or explain the adapter's own folder, without a base"
-        )
-    missing = [f"{path}.weight" for path in adapter.shapes if f"{path}.weight" not in stored]
+    form_stored(folder, stored)  # forms that are not computed are refused
+    packed, scratch = parts_of(stored), SharedBuffer()
+    found = {
+        path: Matrix(path, stored[f"{path}.weight"], packed.get(path, {}), scratch)
+        for path in adapter.shapes
+        if f"{path}.weight" in stored
+    }
+    missing = [f"{path}.weight" for path in adapter.shapes if path not in found]
     problems = [f"missing {len(missing)}: {summary(missing)}"] if missing else []
-    for path, shape in adapter.shapes.items():
-        tensor = stored.get(f"{path}.weight")
-        if tensor is not None and tensor.shape != shape:
-            problems.append(f"{tensor.name} has shape {list(tensor.shape)}, the adapter's is {list(shape)}")
-        elif tensor is not None and (not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2):
+    for path, matrix in found.items():
+        tensor, shape = matrix.weight, adapter.shapes[path]
+        if matrix.shape != shape:
+            problems.append(f"{tensor.name} has shape {list(matrix.shape)}, the adapter's is {list(shape)}")
+        elif not matrix.parts and (not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2):
             problems.append(f"{tensor.name} is stored as {tensor.code}, expected F64, F32, F16 or BF16")
     if problems:
         raise AdapterError(f"{folder}: this base does not fit the adapter {adapter.folder}: {'; '.join(problems)}")
@@ -171,17 +174,16 @@ def _weights(folder: Path, adapter: AdapterFile) -> dict[str, Stored]:
                 f"{adapter.folder}: this adapter was trained on another base (fingerprint {adapter.base[:12]}) than {folder} "
                 f"({own[:12]}); name the base it was trained on as --base"
             )
-    return {path: stored[f"{path}.weight"] for path in adapter.shapes}
+    return found
 
 
-def _stored(weights: Mapping[str, Stored]) -> Callable[[str], Tensor]:
+def _stored(weights: Mapping[str, Matrix]) -> Callable[[str], Tensor]:
     """Reads a matrix of the base, fp32."""
 
     def read(path: str) -> Tensor:
-        weight = torch.empty(weights[path].shape)
-        weights[path].read_into(weight)
+        weight = weights[path].dense()
         if not weight.isfinite().all():
-            raise AdapterError(f"{weights[path].file}: {path}.weight holds non-finite numbers; check --base")
+            raise AdapterError(f"{weights[path].weight.file}: {path}.weight holds non-finite numbers; check --base")
         return weight
 
     return read

@@ -1,5 +1,6 @@
 """Quantised bases against transformers + bitsandbytes + PEFT: the same stored bits, the same logits, files both ways."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from lamina.adapter import LoRA, adapted, attach
 from lamina.adapter_files import save_adapter
 from lamina.errors import ConfigError, ModelError
+from lamina.explaining import explain
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import QuantisedLinear, linears_of
 from lamina.model.weights import DTYPES, load_model
@@ -243,3 +245,48 @@ def test_gradients_through_the_same_four_bits(tmp_path: Path) -> None:
             expected = gradients[f"base_model.model.{path}.lora_{factor}.default.weight"]
             assert parameter.grad is not None and expected is not None
             assert error(parameter.grad, expected) < 1e-5, (path, factor)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_adapter_is_explained_beside_what_transformers_saved(kind: str, tmp_path: Path) -> None:
+    """As beside the numbers that bitsandbytes makes of the saved bits, here given as an ordinary checkpoint."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = base(tmp_path)
+    functional = bitsandbytes().functional
+    if kind == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+        guest = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
+        )
+    else:
+        guest = hosted(folder, torch.float32, kind)
+    guest.save_pretrained(tmp_path / "saved")
+    numbers = load_file(folder / "model.safetensors")
+    for path, linear in linears_of(load_model(folder, "fp32", "cpu")).items():
+        weight = guest.get_submodule(path).weight
+        if kind == "int8":
+            numbers[f"{path}.weight"] = weight.data.float() * weight.SCB[:, None] / 127
+        else:
+            numbers[f"{path}.weight"] = functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        assert numbers[f"{path}.weight"].shape == (linear.out_features, linear.in_features)
+    shutil.copytree(folder, tmp_path / "numbers")
+    save_file(numbers, tmp_path / "numbers" / "model.safetensors")
+
+    model = load_model(folder, "fp32", "cpu")
+    for module in attach(model, LORA).values():
+        torch.nn.init.normal_(module.b, std=0.1)
+    save_adapter(model, tmp_path / "adapter", LORA, "x")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # as PEFT writes it: it does not name its base
+    found = explain(tmp_path / "adapter", base=tmp_path / "saved").updates
+    expected = explain(tmp_path / "adapter", base=tmp_path / "numbers").updates
+    assert len(found) == 8
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.relation is not None and theirs.relation is not None
+        # In eight bits one product in fp32 against two: 2^-23 of W, and of what is measured on it some times that.
+        tolerance = 1e-5 if kind == "int8" else 0.0
+        assert ours.relation.relative == pytest.approx(theirs.relation.relative, rel=tolerance)
+        for measure in ("size", "amplification", "left", "right", "intruders"):
+            assert getattr(ours.relation, measure) == pytest.approx(getattr(theirs.relation, measure), rel=tolerance)

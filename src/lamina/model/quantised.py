@@ -76,7 +76,7 @@ def quantise_leaves(
             continue
         outputs, inputs = linear.out_features, linear.in_features
         with torch.device("meta"):
-            form = _form(base, outputs, inputs, double, dtype, scratch)
+            form = new_form(base, outputs, inputs, double, dtype, scratch)
         replace(model, path, QuantisedLinear(form, outputs, inputs, linear.bias))
 
 
@@ -87,7 +87,8 @@ def form_bytes(base: Base, double: bool, outputs: int, inputs: int) -> int:
     return fp8_bytes(outputs, inputs) if base == "fp8" else four_bit_bytes(outputs, inputs, double)
 
 
-def _form(base: Base, outputs: int, inputs: int, double: bool, dtype: torch.dtype, scratch: Scratch) -> Quantised:
+def new_form(base: Base, outputs: int, inputs: int, double: bool, dtype: torch.dtype, scratch: Scratch) -> Quantised:
+    """A form with memory for a weight [outputs, inputs], which has no contents yet."""
     if base == "int8":
         return Int8(outputs, inputs, dtype, scratch=scratch)
     if base == "fp8":

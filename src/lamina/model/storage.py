@@ -11,15 +11,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from lamina.errors import ModelError
 from lamina.model.checkpoint import Stored
-from lamina.model.quantised import Base, QuantisedLinear, device_of
+from lamina.model.quantised import Base, QuantisedLinear, device_of, new_form
 from lamina.ops.fourbit import FourBit
+from lamina.ops.frozen import Scratch
 from lamina.ops.int8 import Int8
+from lamina.ops.shapes import Float
 
 _PART = re.compile(
     r"(?P<path>.*)\.(?P<part>weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
@@ -34,6 +37,61 @@ class StoredForm:
 
     base: Base
     double: bool
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The matrix of one linear in a checkpoint, whatever the form in which it is stored; it is read when it is asked for.
+
+    Attributes:
+        path: of its module.
+        weight: the numbers, or the bits of a quantised matrix.
+        parts: all tensors of a quantised matrix by the end of their name, as ``parts_of`` has them; empty where it is numbers.
+        scratch: lends the memory that its numbers are read into.
+    """
+
+    path: str
+    weight: Stored
+    parts: Mapping[str, Stored]
+    scratch: Scratch
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in] of the numbers.
+
+        Raises:
+            ModelError: a 4-bit matrix does not say its shape.
+        """
+        if not self.parts or "SCB" in self.parts:
+            return self.weight.shape
+        try:
+            shape = _state(self.parts).get("shape")
+        except ValueError as error:
+            raise ModelError(f"{self._where}: {error}; download it again") from None
+        match shape:
+            case [int(outputs), int(inputs)]:
+                return outputs, inputs
+        raise ModelError(f"{self._where}: found the shape {shape}, expected [out, in]; download it again")
+
+    def dense(self) -> Float[Tensor, "out D"]:
+        """W in fp32, in memory that the next matrix of the same scratch overwrites; the peak is this and what is stored.
+
+        Raises:
+            ModelError: parts are missing, or do not fit.
+        """
+        outputs, inputs = self.shape
+        if not self.parts:
+            weight = self.scratch(outputs * inputs, torch.float32, torch.device("cpu")).view(outputs, inputs)
+            self.weight.read_into(weight)
+            return weight
+        base, double = cast(Base, _kind(self.parts)), "weight.nested_absmax" in self.parts
+        form = new_form(base, outputs, inputs, double, torch.float32, self.scratch)
+        fill(QuantisedLinear(form, outputs, inputs, None), self.parts, self._where)
+        return form.dense()
+
+    @property
+    def _where(self) -> str:
+        return f"{self.weight.file}: {self.path}"
 
 
 def parts_of(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
