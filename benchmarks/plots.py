@@ -39,7 +39,7 @@ def bars(rows: list[Row], path: Path) -> None:
     for row in rows:
         if row["arm"] == "bare-gemms":
             axes.axvline(float(row["tok_s"]), color=COLOURS["bare-gemms"], linestyle=(0, (5, 3)))
-            axes.text(float(row["tok_s"]), -0.9, "bare GEMMs ", ha="right", va="bottom", fontsize=8)
+            axes.text(float(row["tok_s"]), len(arms) - 0.5, "bare GEMMs", ha="center", va="bottom", fontsize=8)
     axes.set_xlabel("real tokens per second")
     _save(figure, path, rows)
 
@@ -60,7 +60,10 @@ def growth(rows: list[Row], axis: str, path: Path) -> None:
         part.set_xscale("log", base=10 if axis == "parameters" else 2)
         part.set_xlabel(NAMES[axis])
         part.set_title(name, fontsize=9, loc="left")
-        part.set_ylim(bottom=0)
+        if axis == "parameters":
+            part.set_yscale("log")
+        else:
+            part.set_ylim(bottom=0)
         ticks = sorted({int(row["value"]) for row in rows})
         part.set_xticks(ticks, [f"{tick / 1e6:.0f} M" if axis == "parameters" else str(tick) for tick in ticks])
         part.minorticks_off()
