@@ -34,8 +34,9 @@ check: $(DEV)  ## format, lint, types and the fast tests: before every commit
 bench: $(RUNTIME)  ## speed and memory beside other tools, in one run; QUICK=1 for a short one
 	$(PY) benchmarks/run.py $(if $(QUICK),--quick) $(ARGS)
 
-docs: $(DEV)  ## write docs/reference.md anew, and run the code in all pages
+docs: $(DEV)  ## write docs/reference.md and docs/benchmarks.md anew, and run the code in all pages
 	$(PY) scripts/write_reference.py
+	$(PY) benchmarks/tables.py
 	$(PYTEST) tests/docs $(ARGS)
 
 clean:  ## remove the environment and all caches; runs/ stays

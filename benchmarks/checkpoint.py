@@ -57,10 +57,11 @@ def config_of(shape: Shape) -> dict[str, Any]:
         "intermediate_size": shape.mlp,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads or shape.heads,
         "vocab_size": shape.vocabulary,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
+        "rope_theta": shape.theta,
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
     }

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from catalogue import REFERENCE
+
 LOSS = 1e-4
 GRADIENT = 1e-5
 APPROXIMATE = 0.02
 """Relative distance of the loss of a base that rounds activations to eight bits: it is a row of its own, with its own name."""
-REFERENCE = "peft"
 
 
 def faults(

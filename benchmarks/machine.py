@@ -1,6 +1,5 @@
-"""Where and with what a row was measured, and the environment of the peers."""
+"""Where and with what a row was measured."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -8,7 +7,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = Path(__file__).with_name("requirements-peers.txt")
 
 
 def cores() -> int:
@@ -38,17 +36,3 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
     return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-
-
-def peers(build: Path) -> Path:
-    """The Python of the peers' environment, which is made when it is missing or made of other requirements."""
-    folder = build / "bench-env"
-    python, stamp = folder / "bin" / "python", folder / "requirements.sha256"
-    expected = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
-    if not stamp.exists() or stamp.read_text() != expected:
-        print(f"setting up the peers' environment in {folder.relative_to(ROOT)}: once, some minutes", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-r", REQUIREMENTS]
-        subprocess.run(pip, check=True)
-        stamp.write_text(expected)
-    return python

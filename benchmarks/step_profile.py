@@ -8,7 +8,7 @@ import collections
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import machine
@@ -17,17 +17,14 @@ import workload
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent / "arms"))
-from common import Job
+from bare_gemms import BareGemms
+from common import GEMMS, Job
 from lamina_arm import prepared
 
-from lamina.adapter import AdaptedLinear, adapted
 from lamina.data.pack import pack
-from lamina.model.decoder import Decoder
-from lamina.ops.loss import SLICE
 from lamina.training.loop import start, train
 
 WARMUP, STEPS, BATCH = 2, 5, 4
-GEMMS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear"}
 SCOPES = {
     "_CrossEntropySum": "loss",
     "_AdaptedLinear": "adapted linear",
@@ -43,75 +40,6 @@ SCOPES = {
 """Part of an event's or an enclosing event's name, and its group; the innermost that is known counts."""
 
 
-class BareGemms:
-    """The GEMMs of one step on N packed tokens, of which S carry a loss, by group."""
-
-    def __init__(self, model: Decoder, tokens: int, supervised: int) -> None:
-        self.modules: list[tuple[str, AdaptedLinear]] = list(adapted(model).items())
-        self.vocabulary, self.supervised = model.vocabulary, supervised
-        dtype, widths = model.vocabulary.dtype, set()
-        for _, module in self.modules:
-            widths |= set(module.base.weight.shape)
-        rank = max(module.a.shape[0] for _, module in self.modules)
-        self.at = {width: torch.randn(tokens, width, dtype=dtype) for width in widths}  # inputs and gradients
-        self.out = {width: torch.empty(tokens, width, dtype=dtype) for width in widths}
-        self.narrow, self.narrow_grad = (torch.randn(tokens, rank, dtype=dtype) for _ in range(2))
-        self.factors = [(m.a.detach().to(dtype), m.b.detach().to(dtype)) for _, m in self.modules]
-        self.a_grad = {w: torch.empty(rank, w, dtype=dtype) for w in widths}
-        self.b_grad = {w: torch.empty(w, rank, dtype=dtype) for w in widths}
-        self.hidden = torch.randn(supervised, self.vocabulary.shape[1], dtype=dtype)
-        self.logits = torch.empty(min(SLICE, supervised), len(self.vocabulary), dtype=dtype)
-
-    def groups(self) -> dict[str, tuple[Callable[[], None], float]]:
-        """Each group's work and its FLOPs."""
-        tokens = len(self.narrow)
-        weights = sum(m.base.weight.numel() for _, m in self.modules)
-        unneeded = sum(m.base.weight.numel() for path, m in self.modules if _reads_embedding(path))
-        factors = sum(a.numel() + b.numel() for a, b in self.factors)
-        first = sum(
-            a.numel() for (a, _), (path, _) in zip(self.factors, self.modules, strict=True) if _reads_embedding(path)
-        )
-        return {
-            "frozen, forward": (self.forward, 2.0 * tokens * weights),
-            "frozen, backward": (self.backward, 2.0 * tokens * (weights - unneeded)),
-            "LoRA": (self.lora, 2.0 * tokens * (3 * factors - first)),
-            "head": (self.head, 4.0 * self.supervised * self.vocabulary.numel()),
-        }
-
-    def forward(self) -> None:
-        for _, module in self.modules:
-            out, width = module.base.weight.shape
-            torch.mm(self.at[width], module.base.weight.t(), out=self.out[out])
-
-    def backward(self) -> None:
-        for path, module in self.modules:
-            out, width = module.base.weight.shape
-            if not _reads_embedding(path):
-                torch.mm(self.at[out], module.base.weight, out=self.out[width])
-
-    def lora(self) -> None:
-        for (a, b), (path, _) in zip(self.factors, self.modules, strict=True):
-            out, width = len(b), a.shape[1]
-            torch.mm(self.at[width], a.t(), out=self.narrow)
-            self.out[out].addmm_(self.narrow, b.t())
-            torch.mm(self.at[out], b, out=self.narrow_grad)
-            torch.mm(self.narrow_grad.t(), self.at[width], out=self.a_grad[width])
-            torch.mm(self.at[out].t(), self.narrow, out=self.b_grad[out])
-            if not _reads_embedding(path):
-                self.out[width].addmm_(self.narrow_grad, a)
-
-    def head(self) -> None:
-        for part in self.hidden.split(SLICE):
-            logits = self.logits[: len(part)]
-            torch.mm(part, self.vocabulary.t(), out=logits)
-            torch.mm(logits, self.vocabulary)
-
-
-def _reads_embedding(path: str) -> bool:
-    """The first layer's q, k and v read the frozen embedding: no gradient goes there."""
-    return path.startswith("model.layers.0.self_attn.") and not path.endswith("o_proj")
-
-
 def main(files: workload.Files) -> None:
     """Profiles the whole-text workload and prints both tables."""
     torch.set_num_threads(machine.cores())
@@ -125,7 +53,7 @@ def main(files: workload.Files) -> None:
         next(steps)
     print(machine.machine())
     print(f"commit {machine.commit()}, torch {torch.__version__}, {files.about}, {BATCH} rows a step, bf16\n")
-    bound(model, steps)
+    bound(BareGemms(job.model, job.adapter, job.dtype), steps)
     where(steps)
     began = time.perf_counter()
     for first in range(0, BATCH * STEPS, BATCH):
@@ -133,7 +61,7 @@ def main(files: workload.Files) -> None:
     print(f"  packing, measured by itself: {(time.perf_counter() - began) / STEPS * 1e3:.2f} ms a step")
 
 
-def bound(model: Decoder, steps: Iterator) -> None:
+def bound(bare: BareGemms, steps: Iterator) -> None:
     """A step, its bare GEMMs, the next step …"""
     spent = collections.defaultdict(list)
     flops = collections.defaultdict(list)
@@ -141,14 +69,11 @@ def bound(model: Decoder, steps: Iterator) -> None:
         began = time.perf_counter()
         step = next(steps)
         spent["step"].append(time.perf_counter() - began)
-        bare = BareGemms(model, step.tokens, step.supervised_tokens)
-        bare.forward()  # touches the outputs' memory once
-        for name, (work, count) in bare.groups().items():
-            began = time.perf_counter()
-            work()
-            spent[name].append(time.perf_counter() - began)
-            flops[name].append(count)
-        del bare
+        bare.size(step.tokens, step.supervised_tokens)
+        seconds, counts = bare.timed()
+        for name in seconds:
+            spent[name].append(seconds[name])
+            flops[name].append(counts[name])
     gemms = [sum(times) for times in zip(*(spent[name] for name in flops), strict=True)]
     print(f"{'bare GEMMs':24}{'ms':>8}{'GFLOP/s':>9}{'of step':>9}")
     for name, counts in flops.items():
@@ -193,4 +118,4 @@ def _group(event: torch.autograd.profiler_util.FunctionEvent) -> str:
     return "GEMM, frozen and LoRA" if gemm else "elementwise and other"
 
 
-__all__ = ["BareGemms", "main"]
+__all__ = ["main"]

@@ -1,21 +1,20 @@
 """What is trained: a random Llama, tokenised rows and an adapter to begin with, written once as files for all arms."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import rows
+from rows import DATA, SEED
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
-ROWS, LONGEST, IGNORED, SEED = 256, 512, -100, 1
+VERSION = 3
+LARGE = 2**31
+"""Parameters from which on a model is written tensor by tensor, and not made in memory."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's sizes, and the adapter's rank."""
+    """A Llama's sizes, and the adapter's rank and layers. ``kv_heads`` 0: as many as heads."""
 
     width: int = 768
     layers: int = 12
@@ -23,49 +22,101 @@ class Shape:
     heads: int = 12
     vocabulary: int = 32_000
     rank: int = 64
+    kv_heads: int = 0
+    theta: float = 10_000.0
+    adapted: str = "all"
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the base model, norms not counted."""
+        shared = self.width * self.width * (self.kv_heads or self.heads) // self.heads
+        layer = 2 * self.width * self.width + 2 * shared + 3 * self.width * self.mlp
+        return 2 * self.vocabulary * self.width + self.layers * layer
 
 
 TINY = Shape(width=64, layers=2, mlp=128, heads=4, rank=8)
+MODELS = {
+    "tiny": TINY,
+    "15m": Shape(width=192, layers=6, mlp=512, heads=6),
+    "134m": Shape(),
+    "1.1b": Shape(width=2048, layers=22, mlp=5632, heads=32, kv_heads=4),
+    "7b": Shape(width=4096, layers=32, mlp=11008, heads=32),
+    "8b": Shape(width=4096, layers=32, mlp=14336, heads=32, kv_heads=8, vocabulary=128_256, theta=500_000.0),
+    "70b": Shape(width=8192, layers=80, mlp=28672, heads=64, kv_heads=8),
+}
+"""15 M, 134 M and 1.1 B (TinyLlama's shape) for a CPU; Llama-2-7B's, Llama-3-8B's and Llama-2-70B's for a GPU."""
+ON_GPU = ("7b", "8b", "70b")
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where everything lies. ``whole`` and ``answers`` hold the rows with all and with only the answers' targets."""
+    """Where everything lies."""
 
     model: Path
     adapter: Path
-    whole: Path
-    answers: Path
-    gate: Path
-    about: str
+    folder: Path
+
+    def rows(self, workload: str) -> Path:
+        """The rows of a workload."""
+        return self.folder / f"{workload}.jsonl"
+
+    @property
+    def whole(self) -> Path:
+        """The rows with all targets."""
+        return self.rows("whole")
+
+    @property
+    def about(self) -> str:
+        """Which rows ``whole`` has."""
+        return rows.about("whole")
+
+    @property
+    def name(self) -> str:
+        """Model and adapter, as the results name them."""
+        return self.model.parent.name + "-" + self.adapter.name.removeprefix("adapter-")
 
 
 def prepare(build: Path, shape: Shape) -> Files:
     """Writes the workload under ``build``; what is there already is kept."""
-    folder = build / f"llama-{shape.width}x{shape.layers}-r{shape.rank}"
-    files = Files(
-        *(folder / name for name in ("model", "adapter", "whole.jsonl", "answers.jsonl", "gate.jsonl")), about=about()
-    )
-    stamp, expected = folder / "made.json", asdict(shape) | {"rows": files.about, "version": 2}
-    if not stamp.exists() or json.loads(stamp.read_text(encoding="utf-8")) != expected:
+    folder = build / f"llama-{shape.width}x{shape.layers}"
+    adapter = folder / f"adapter-r{shape.rank}{'' if shape.adapted == 'all' else '-layers' + shape.adapted}"
+    files = Files(folder / "model", adapter, rows.write(build / "rows"))
+    base = {k: v for k, v in asdict(shape).items() if k not in ("rank", "adapted")} | {"version": VERSION}
+    if _stale(folder / "made.json", base):
         _write_model(files.model, shape)
+        (folder / "made.json").write_text(json.dumps(base), encoding="utf-8")
+    if _stale(adapter / "made.json", asdict(shape)):
         _write_adapter(files, shape)
-        _write_rows(files)
-        stamp.write_text(json.dumps(expected), encoding="utf-8")
+        (adapter / "made.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
     return files
 
 
-def about() -> str:
-    """Which rows these are."""
-    real = (DATA / "guanaco-llama2-1k").is_dir() and (DATA / "llama2-tokenizer").is_dir()
-    return f"{'guanaco-llama2-1k' if real else 'synthetic'}[:{ROWS}] cut at {LONGEST}"
+def _stale(stamp: Path, expected: dict[str, object]) -> bool:
+    return not stamp.exists() or json.loads(stamp.read_text(encoding="utf-8")) != expected
 
 
 def _write_model(folder: Path, shape: Shape) -> None:
-    """A Llama with transformers' own random weights, in bf16, and a tokenizer of which only the end token is ever used."""
-    import torch
+    """A Llama with random weights, in bf16 (in fp16 where it is large), and a tokenizer of which only the end token is ever used."""
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+
+    if shape.parameters < LARGE:
+        _initialise(folder, shape)
+    else:
+        import checkpoint
+
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in checkpoint.write(folder.parent, shape).iterdir():
+            file.rename(folder / file.name)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
+def _initialise(folder: Path, shape: Shape) -> None:
+    """transformers' own random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -73,15 +124,13 @@ def _write_model(folder: Path, shape: Shape) -> None:
         num_hidden_layers=shape.layers,
         intermediate_size=shape.mlp,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
         vocab_size=shape.vocabulary,
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
 def _write_adapter(files: Files, shape: Shape) -> None:
@@ -92,7 +141,7 @@ def _write_adapter(files: Files, shape: Shape) -> None:
     from lamina import LoRA, attach, load_model, save_adapter
 
     model = load_model(files.model, "bf16", "cpu")
-    lora = LoRA(rank=shape.rank, alpha=16.0)
+    lora = LoRA(rank=shape.rank, alpha=16.0, layers=shape.adapted)
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for module in attach(model, lora, SEED).values():
@@ -103,38 +152,4 @@ def _write_adapter(files: Files, shape: Shape) -> None:
     save_file(load_file(weights), weights, metadata={"format": "pt"})
 
 
-def _write_rows(files: Files) -> None:
-    """The gate's four rows are two whole ones and two with targets in the answers only, two for each of its steps."""
-    rows = list(_real_rows() if files.about.startswith("guanaco") else _synthetic_rows())
-    whole = [_row(tokens, np.arange(len(tokens)) > 0) for tokens, _ in rows]
-    answers = [_row(tokens, trained) for tokens, trained in rows if trained.any()]  # some answers lie beyond the cut
-    for path, chosen in (
-        (files.whole, whole[:ROWS]),
-        (files.answers, answers[:ROWS]),
-        (files.gate, [whole[0], answers[1], whole[2], answers[3]]),
-    ):
-        path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
-
-
-def _row(tokens: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
-    return {"input_ids": tokens.tolist(), "labels": np.where(trained, tokens, IGNORED).tolist()}
-
-
-def _real_rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    from lamina import load_tokenizer, read_examples, render
-
-    tokenizer = load_tokenizer(DATA / "llama2-tokenizer")
-    for count, example in enumerate(read_examples(DATA / "guanaco-llama2-1k")):
-        if count == ROWS + 64:  # some more, for those without an answer before the cut
-            break
-        row = render(example, tokenizer)
-        yield row.tokens[:LONGEST], row.trained[:LONGEST]
-
-
-def _synthetic_rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Random tokens in rows of lengths like the real ones: log-normal, median 377, a good third of them cut."""
-    random = np.random.default_rng(SEED)
-    for _ in range(ROWS):
-        length = int(np.clip(random.lognormal(np.log(377), 0.7), 16, LONGEST))
-        tokens = random.integers(3, 32_000, length)
-        yield tokens, np.arange(length) >= max(1, round(0.3 * length))
+__all__ = ["DATA", "MODELS", "ON_GPU", "SEED", "TINY", "Files", "Shape", "prepare"]

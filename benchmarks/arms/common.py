@@ -2,6 +2,10 @@
 
 An arm is a program that takes the path of a job (JSON), trains its steps in the order of the rows, and writes what it
 saw to the path that the job names. It depends on torch alone, so that it runs in any environment.
+
+``Record`` is called at the begin and at the end of each step, and does the rest: times the step, keeps what the gates ask of the
+first one, evaluates the held-out rows where a loss is to be reached (the clock stands meanwhile, and every arm's model is evaluated by
+the same code, row by row), and lets one more step, which is not counted, run under the profiler.
 """
 
 import json
@@ -9,15 +13,28 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 IGNORED = -100
+GEMMS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::mkldnn_linear",
+    "aten::_int_mm",
+}
+GEMMS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}  # litgpt multiplies by B as a convolution
+Row = dict[str, list[int]]
 
 
 @dataclass
@@ -29,6 +46,10 @@ class Job:
         warmup, steps: steps that are not counted, then those that are.
         precision: of the whole arm, bf16 or fp32; settings: what sets variants of an arm apart.
         gradients: where the first step's gradients go, if they are asked for.
+        profile: one step more, under the profiler.
+        held_out: rows on which the loss is measured after every step; ``until``: the loss at which the process ends.
+        spawned: the moment its parent started it, in Unix time.
+        device: cpu or cuda.
     """
 
     model: str
@@ -45,6 +66,11 @@ class Job:
     result: str
     settings: dict[str, Any] = field(default_factory=dict)
     gradients: str | None = None
+    profile: bool = False
+    held_out: str | None = None
+    until: float | None = None
+    spawned: float = field(default_factory=time.time)
+    device: str = "cpu"
 
     @classmethod
     def read(cls) -> "Job":
@@ -57,53 +83,149 @@ class Job:
     def dtype(self) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
 
-    def examples(self) -> list[dict[str, list[int]]]:
+    @property
+    def all_steps(self) -> int:
+        """Steps of the process, counted or not."""
+        return self.warmup + self.steps + self.profile
+
+    def examples(self) -> list[Row]:
         """The rows of all steps of this process, in order: ``input_ids``, ``labels`` (not shifted, as usual in Hugging Face)."""
-        with Path(self.rows).open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        count = self.batch * (self.warmup + self.steps)
-        return [rows[(self.first + index) % len(rows)] for index in range(count)]
+        rows = read_rows(self.rows)
+        return [rows[(self.first + index) % len(rows)] for index in range(self.batch * self.all_steps)]
+
+    def batches(self) -> Iterator[list[Row]]:
+        """The rows of each step."""
+        rows = self.examples()
+        for first in range(0, len(rows), self.batch):
+            yield rows[first : first + self.batch]
+
+    def mixed(self) -> AbstractContextManager[Any]:
+        """Autocast, where the settings ask for it."""
+        asked = self.settings.get("autocast") and self.precision == "bf16"
+        return torch.autocast(self.device, torch.bfloat16) if asked else nullcontext()
+
+
+def read_rows(path: str) -> list[Row]:
+    with Path(path).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter's matrix inside a parameter: these rows of it, in this order; all, where no rows are named."""
+
+    parameter: nn.Parameter
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))
 
 
 class Record:
-    """The clock of an arm and its report. ``begin`` and ``end`` enclose each step."""
+    """The clock of an arm and its report. ``begin`` and ``end`` enclose each step.
 
-    def __init__(self, job: Job, trained: Mapping[str, nn.Parameter]) -> None:
-        self.job, self.steps, self.divisor = job, [], 1
-        self._silent, self._gradients = set(trained), {}
+    Args:
+        trained: the adapter's matrices under the names that all arms use: ``model.layers.0.self_attn.q_proj.A``.
+        logits: computes the model's logits [1, T, V] of tokens [1, T].
+        versions: of the packages that matter.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        trained: Mapping[str, nn.Parameter | Part],
+        logits: Callable[[Tensor], Tensor],
+        versions: dict[str, str],
+    ) -> None:
+        self.job, self.logits, self.versions = job, logits, versions
+        self.steps: list[dict[str, Any]] = []
+        self.held_out: list[float] = []
+        self.divisor, self.peak, self.gemm_share, self._stood = 1, 0, None, 0.0
+        self._profiler: Any = None
+        parts = {name: part if isinstance(part, Part) else Part(part) for name, part in trained.items()}
+        self._silent, self._gradients = set(parts), {}
         self._handles = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._look(name, p))
-            for name, p in trained.items()
+            part.parameter.register_post_accumulate_grad_hook(lambda _, name=name, part=part: self._look(name, part))
+            for name, part in parts.items()
         ]
 
-    def _look(self, name: str, parameter: Tensor) -> None:
-        """In the first step: which matrices have a gradient, and for the gate, a copy of it."""
-        if parameter.grad is not None and parameter.grad.any():
+    def _look(self, name: str, part: Part) -> None:
+        """In the first step: which matrices have a gradient, and for the gate, a copy of it, summed over micro-batches."""
+        gradient = part.parameter.grad[part.rows]
+        if gradient.any():
             self._silent.discard(name)
         if self.job.gradients:
-            self._gradients[name] = parameter.grad.detach().float().clone()
+            self._gradients[name] = gradient.detach().float().cpu().clone()
 
     def begin(self) -> None:
+        if self.job.profile and len(self.steps) == self.job.warmup + self.job.steps and not self._profiler:
+            self._profiler = torch.profiler.profile()
+            self._profiler.__enter__()
+        self._wait()
         self._others, self._began = others(), time.perf_counter()
 
     def end(self, loss: float, tokens: int, supervised: int) -> None:
+        self._wait()
         seconds, used = time.perf_counter() - self._began, others() - self._others
+        if self._profiler:
+            self._profiler.__exit__(None, None, None)
+            self.gemm_share, self._profiler = gemm_seconds(self._profiler) / seconds, None
+            return
         step = {"seconds": seconds, "loss": loss, "tokens": tokens, "supervised": supervised, "others": used}
-        self.steps.append(step)
+        self.steps.append(step | {"since_start": time.time() - self.job.spawned - self._stood})
+        self.peak = peak(self.job.device)
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self.job.held_out:
+            self._evaluate(self.job.held_out)
         self.begin()
 
-    def write(self, **more: Any) -> None:
+    def _evaluate(self, file: str) -> None:
+        """Measures the held-out loss while the clock stands; ends the process when it is low enough."""
+        began = time.time()
+        self.held_out.append(held_out_loss(self.logits, read_rows(file), self.job.device))
+        self._stood += time.time() - began
+        if self.job.until is not None and self.held_out[-1] <= self.job.until:
+            self.write()
+            raise SystemExit(0)
+
+    def _wait(self) -> None:
+        if self.job.device != "cpu":
+            torch.cuda.synchronize()
+
+    def write(self) -> None:
         """Writes the report. ``divisor`` turns summed gradients into the mean's."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self.job.gradients:
             from safetensors.torch import save_file
 
             save_file({name: g.div_(self.divisor) for name, g in self._gradients.items()}, self.job.gradients)
-        report = {"steps": self.steps, "silent": sorted(self._silent), "peak": peak, "threads": torch.get_num_threads()}
-        Path(self.job.result).write_text(json.dumps(report | more), encoding="utf-8")
+        report = {"steps": self.steps, "silent": sorted(self._silent), "peak": self.peak}
+        report |= {"held_out": self.held_out, "gemm_share": self.gemm_share}
+        report |= {"threads": torch.get_num_threads(), "versions": {"torch": torch.__version__} | self.versions}
+        Path(self.job.result).write_text(json.dumps(report), encoding="utf-8")
+
+
+@torch.no_grad()
+def held_out_loss(logits: Callable[[Tensor], Tensor], rows: list[Row], device: str) -> float:
+    """Mean -log p over the targets of all rows, each computed by itself, in fp32 from the arm's logits."""
+    total, count = 0.0, 0
+    for row in rows:
+        tokens, labels = (torch.tensor([row[name]], device=device) for name in ("input_ids", "labels"))
+        total += float(F.cross_entropy(logits(tokens)[0, :-1].float(), labels[0, 1:], reduction="sum"))
+        count += int((labels[0, 1:] != IGNORED).sum())
+    return total / count
+
+
+def gemm_seconds(profiler: Any) -> float:
+    """Seconds inside matrix products, attention's own not counted."""
+    events = profiler.key_averages()
+    on_device = sum(e.self_device_time_total for e in events if e.key in GEMMS)
+    return (on_device or sum(e.self_cpu_time_total for e in events if e.key in GEMMS)) / 1e6
+
+
+def peak(device: str) -> int:
+    """Most memory so far, in bytes: of the process, or on a GPU of its allocations there."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def others() -> float:
@@ -114,11 +236,34 @@ def others() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
+def supervised(rows: list[Row]) -> int:
+    """Targets of some rows, counted as they lie in them."""
+    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
+
+
 def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """PEFT's trainable matrices under the names that all arms use: ``model.layers.0.self_attn.q_proj.A``."""
+    """PEFT's trainable matrices under the names that all arms use."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
             found[f"{path}.{factor[0]}"] = parameter
     return found
+
+
+@torch.no_grad()
+def fill(parts: Mapping[str, Part], adapter: str) -> None:
+    """Writes the adapter that all arms begin with, a folder in PEFT's format, into a model of other names."""
+    from safetensors.torch import load_file
+
+    matrices = load_file(Path(adapter) / "adapter_model.safetensors")
+    for name, part in parts.items():
+        path, factor = name.rsplit(".", 1)
+        part.parameter[part.rows] = matrices.pop(f"base_model.model.{path}.lora_{factor}.weight").to(part.parameter)
+    assert not matrices, f"matrices without a place: {list(matrices)}"
+
+
+def rank_and_scale(adapter: str) -> tuple[int, float]:
+    """Rank and alpha of an adapter's folder."""
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    return config["r"], config["lora_alpha"]

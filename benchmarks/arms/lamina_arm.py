@@ -3,11 +3,15 @@
 import numpy as np
 import torch
 from common import IGNORED, Job, Record
+from torch import Tensor
+from torch.nn import functional as F
 
 from lamina.adapter import adapted
 from lamina.adapter_files import load_adapter
 from lamina.data.render import Rendered
+from lamina.model.decoder import Decoder
 from lamina.model.weights import load_model
+from lamina.ops.attention import Packed
 from lamina.training.loop import Training, start, train
 from lamina.training.order import rows_of_step
 
@@ -35,11 +39,11 @@ def rendered(row: dict[str, list[int]], number: int) -> Rendered:
 def prepared(job: Job) -> tuple:
     """The model with its adapter, the rows, the settings."""
     settings = dict(job.settings)
-    model = load_model(job.model, job.dtype, "cpu", base=settings.pop("base", None))
+    model = load_model(job.model, job.dtype, job.device, base=settings.pop("base", None))
     load_adapter(model, job.adapter)
     rows = InOrder(job.examples(), seed=0)
     training = Training(
-        steps=job.warmup + job.steps,
+        steps=job.all_steps,
         batch_size=job.batch,
         learning_rate=job.learning_rate,
         schedule="constant",
@@ -50,17 +54,24 @@ def prepared(job: Job) -> tuple:
     return model, rows, training
 
 
+def logits(model: Decoder, tokens: Tensor) -> Tensor:
+    """Of one row, for the common evaluation."""
+    length = tokens.shape[1]
+    hidden = model(tokens[0], torch.arange(length, device=tokens.device), Packed([length]))
+    return F.linear(hidden, model.vocabulary)[None]
+
+
 def main() -> None:
     job = Job.read()
     model, rows, training = prepared(job)
     named = {f"{path}.{name}": p for path, m in adapted(model).items() for name, p in (("A", m.a), ("B", m.b))}
-    record = Record(job, named)
+    record = Record(job, named, lambda tokens: logits(model, tokens), {})
     record.begin()
     for step in train(model, rows, training, start(model, training), seed=0):
         if step.step == 1:
             record.divisor = step.supervised_tokens
         record.end(step.loss, step.tokens, step.supervised_tokens)
-    record.write(torch=torch.__version__)
+    record.write()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""A plain loop with transformers and PEFT, as a careful person would write it: padding to the longest row of the step."""
+"""A plain loop with transformers and PEFT, as a careful person would write it: padding to the longest row of the micro-batch.
 
-import contextlib
+``micro`` rows are computed at one time, all of the step's where it is not given; losses are summed and divided once, so the size
+of a micro-batch changes nothing but padding, memory and speed. With one row there is no padding.
+"""
+
 from importlib.metadata import version
 
 import peft
 import torch
 import transformers
-from common import IGNORED, Job, Record, peft_parameters
+from common import IGNORED, Job, Record, peft_parameters, supervised
 from torch import Tensor
 
 
@@ -15,10 +18,11 @@ def load(job: Job) -> peft.PeftModel:
     form in which bitsandbytes keeps the base's linears."""
     how = {"dtype": job.dtype, "attn_implementation": "sdpa"}
     if base := job.settings.get("base"):
-        how |= {"quantization_config": quantised(base, job.dtype), "device_map": "cpu"}
+        how |= {"quantization_config": quantised(base, job.dtype), "device_map": job.device}
     model = transformers.AutoModelForCausalLM.from_pretrained(job.model, **how)
     wide = job.settings.get("adapter", "fp32") == "fp32"
-    return peft.PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=wide)
+    model = peft.PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=wide)
+    return model if base else model.to(job.device)
 
 
 def quantised(base: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
@@ -30,19 +34,25 @@ def quantised(base: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
     )
 
 
-def pad(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A step's rows as one rectangle."""
+def pad(rows: list[dict[str, list[int]]], device: str) -> dict[str, Tensor]:
+    """Some rows as one rectangle."""
     longest = max(len(row["input_ids"]) for row in rows)
 
     def column(name: str, filler: int) -> Tensor:
-        return torch.tensor([row[name] + [filler] * (longest - len(row[name])) for row in rows])
+        return torch.tensor([row[name] + [filler] * (longest - len(row[name])) for row in rows], device=device)
 
     mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
     return {
         "input_ids": column("input_ids", 0),
         "labels": column("labels", IGNORED),
-        "attention_mask": torch.tensor(mask),
+        "attention_mask": torch.tensor(mask, device=device),
     }
+
+
+def versions(job: Job) -> dict[str, str]:
+    """Of what the loop is made of."""
+    names = ["transformers", "peft", *(["bitsandbytes"] if job.settings.get("base") else [])]
+    return {name: version(name) for name in names}
 
 
 def main() -> None:
@@ -51,24 +61,27 @@ def main() -> None:
     model.train()
     named = peft_parameters(model)
     optimizer = torch.optim.AdamW(named.values(), lr=job.learning_rate, weight_decay=0.0, fused=True)
-    mixed = torch.autocast("cpu", torch.bfloat16) if job.settings.get("autocast") else contextlib.nullcontext()
-    rows, record = job.examples(), Record(job, named)
-    for first in range(0, len(rows), job.batch):
+
+    def logits(tokens: Tensor) -> Tensor:
+        with job.mixed():
+            return model(input_ids=tokens, use_cache=False).logits
+
+    record, micro = Record(job, named, logits, versions(job)), job.settings.get("micro", job.batch)
+    for rows in job.batches():
         record.begin()
-        batch = pad(rows[first : first + job.batch])
-        with mixed:
-            loss = model(**batch, use_cache=False).loss
-        loss.backward()
+        tokens, targets, losses = 0, supervised(rows), []
+        for first in range(0, len(rows), micro):
+            batch = pad(rows[first : first + micro], job.device)
+            with job.mixed():
+                loss = model(**batch, use_cache=False, num_items_in_batch=targets).loss
+            loss.backward()
+            losses.append(loss.detach())
+            tokens += int(batch["attention_mask"].sum())
         torch.nn.utils.clip_grad_norm_(named.values(), job.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        record.end(loss.item(), int(batch["attention_mask"].sum()), int((batch["labels"][:, 1:] != IGNORED).sum()))
-    record.write(
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        peft=peft.__version__,
-        **({"bitsandbytes": version("bitsandbytes")} if job.settings.get("base") else {}),
-    )
+        record.end(torch.stack(losses).sum().item(), tokens, targets)
+    record.write()
 
 
 if __name__ == "__main__":

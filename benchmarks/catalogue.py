@@ -1,0 +1,142 @@
+"""The arms: each tool at its default and at its best, and how much of each is measured.
+
+A peer's best is swept, not guessed: without recomputation, base and adapter in bf16 without autocast, and the step's rows padded to one
+rectangle, one by one without any padding (``-single``), or packed into one row, where the tool can (``-packed``). All of these are arms; a
+claim compares with the fastest of them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LAMINA, BOUND, REFERENCE = "lamina", "bare-gemms", "peft"
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One tool with one choice of settings on one workload.
+
+    Attributes:
+        program: the file in ``arms/``; environment: where it runs, "" for Lamina's own.
+        slow: runs fewer steps and rounds; extra: takes part in a full run only.
+        own_weights: weighs the step's tokens in another way than all others, by its recipe; its losses are compared with nothing.
+    """
+
+    name: str
+    program: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    workload: str = "whole"
+    slow: bool = False
+    extra: bool = False
+    environment: str = ""
+    own_weights: bool = False
+
+    @property
+    def base(self) -> str:
+        """The form of the base; arms are compared with those of the same form."""
+        return str(self.settings.get("base", "bf16"))
+
+    @property
+    def tool(self) -> str:
+        """The name without the form of the base."""
+        return self.name.removesuffix(f"-{self.base}")
+
+    @property
+    def label(self) -> str:
+        return self.name if self.workload == "whole" else f"{self.name}, {self.workload}"
+
+    @property
+    def bound(self) -> bool:
+        """Whether it is no tool but the bare matrix products."""
+        return self.name == BOUND
+
+
+TRL_BEST = {"adapter": "bf16", "bf16": False, "gradient_checkpointing": False}
+FACTORY_BEST = {"disable_gradient_checkpointing": True}  # it refuses pure_bf16 on a CPU
+PEFT, LITGPT, TORCHTUNE, FACTORY = "peft", "litgpt", "torchtune", "llamafactory"
+_P: dict[str, Any] = {"environment": PEFT}
+_LITGPT: dict[str, Any] = {"program": "litgpt_arm", "environment": LITGPT}
+_TUNE: dict[str, Any] = {"program": "torchtune_arm", "environment": TORCHTUNE}
+_FACTORY: dict[str, Any] = {"program": "llamafactory_arm", "environment": FACTORY}
+
+
+def best(workload: str) -> tuple[Arm, ...]:
+    """Each tool as it is fastest with padded rows, and the bound."""
+    at = {"workload": workload}
+    return (
+        Arm(BOUND, "bare_gemms", **at),
+        Arm(LAMINA, "lamina_arm", **at),
+        Arm("peft", "peft_loop", {"adapter": "bf16"}, **_P, **at),
+        Arm("trl-best", "trl_sft", TRL_BEST, **_P, **at),
+        Arm("litgpt-best", settings={"precision": "bf16-true", "micro": 4}, **_LITGPT, **at),
+        Arm("torchtune-best", settings={"checkpointing": False, "micro": 4}, **_TUNE, **at, extra=True),
+        Arm("llamafactory-best", settings=FACTORY_BEST, **_FACTORY, **at, extra=True),
+    )
+
+
+ARMS = (
+    *best("whole"),
+    Arm("peft-single", "peft_loop", {"adapter": "bf16", "micro": 1}, **_P, extra=True),
+    Arm("trl-padding-free", "trl_sft", TRL_BEST | {"padding_free": True, "max_length": None}, **_P, extra=True),
+    Arm("litgpt-single", settings={"precision": "bf16-true", "micro": 1}, **_LITGPT, extra=True),
+    Arm("torchtune-single", settings={"checkpointing": False, "micro": 1}, **_TUNE, extra=True),
+    Arm("torchtune-packed", settings={"checkpointing": False, "packed": True}, **_TUNE, extra=True),
+    Arm("llamafactory-packed", settings=FACTORY_BEST | {"packed": True}, **_FACTORY, extra=True),
+    Arm("peft-mixed", "peft_loop", {"adapter": "fp32", "autocast": True}, **_P, extra=True),
+    Arm("trl-mixed", "trl_sft", {"gradient_checkpointing": False}, **_P, extra=True),
+    Arm("trl-default", "trl_sft", **_P, slow=True, extra=True),
+    Arm("litgpt-default", settings={"weighting": "rows"}, **_LITGPT, slow=True, extra=True, own_weights=True),
+    Arm("torchtune-default", **_TUNE, slow=True, extra=True),
+    Arm("llamafactory-default", **_FACTORY, slow=True, extra=True),
+    Arm("lamina-nf4", "lamina_arm", {"base": "nf4"}, extra=True),
+    Arm("peft-nf4", "peft_loop", {"adapter": "bf16", "base": "nf4"}, **_P, extra=True),
+    Arm("lamina-int8", "lamina_arm", {"base": "int8"}, extra=True),
+    Arm("peft-int8", "peft_loop", {"adapter": "bf16", "base": "int8"}, **_P, extra=True),
+    *best("answers"),
+    *best("templated"),
+    *best("dense"),
+    *best("long"),
+)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: rounds, steps in each, and steps and rounds of the way to the held-out loss."""
+
+    rounds: int
+    warmup: int
+    steps: int
+    slow_rounds: int
+    slow_steps: int
+    loss_steps: int
+    loss_rounds: int
+
+    def of(self, arm: Arm, round_: int) -> tuple[int, int]:
+        """Warm-up and counted steps of an arm in a round; (0, 0) where it does not take part."""
+        if arm.slow:
+            return (1, self.slow_steps) if round_ < self.slow_rounds else (0, 0)
+        return self.warmup, self.steps
+
+
+FULL = Extent(rounds=5, warmup=2, steps=6, slow_rounds=3, slow_steps=3, loss_steps=6, loss_rounds=3)
+QUICK = Extent(rounds=2, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=3, loss_rounds=1)
+SMOKE = Extent(rounds=1, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=3, loss_rounds=1)
+
+
+def chosen(names: str | None, workloads: str, quick: bool) -> list[Arm]:
+    """The arms of a run: by name, where names are given; else all, but the extra ones of a short run.
+
+    Raises:
+        SystemExit: a name that no arm has, or a workload that there is none of.
+    """
+    asked = names.split(",") if names else None
+    over = workloads.split(",")
+    for kind, known, given in (
+        ("arm", {arm.name for arm in ARMS}, asked or []),
+        ("workload", {arm.workload for arm in ARMS}, [] if workloads == "all" else over),
+    ):
+        if unknown := [name for name in given if name not in known]:
+            raise SystemExit(f"no {kind} is called {unknown[0]!r}, expected some of: {', '.join(sorted(known))}")
+    arms = [arm for arm in ARMS if workloads == "all" or arm.workload in over]
+    if asked:
+        return [arm for arm in arms if arm.name in asked]
+    return [arm for arm in arms if not (quick and arm.extra)]

@@ -1,0 +1,237 @@
+"""Writes docs/benchmarks.md and its pictures from the rows of results: ``.venv/bin/python benchmarks/tables.py``.
+
+Nothing in the page was typed by hand, and no number in it comes from two runs: ratios are those of the rows, which pair the
+rounds of one run. Of each model, workload and machine class the newest run that has Lamina and a peer is shown; all others are
+in the last table. ``--check`` writes nothing and tells what is out of step with the rows.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import plots
+import results
+from catalogue import BOUND, LAMINA
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+Row = dict[str, str]
+HEAD = """\
+# Benchmarks
+
+<!-- Written by benchmarks/tables.py from benchmarks/results/*.csv: do not edit. -->
+
+Speed and memory of Lamina beside other tools, from the rows that `make bench` appends to `benchmarks/results`. How it is
+measured, what the arms are and what keeps a row from being written stands in [benchmarks/README.md](../benchmarks/README.md).
+Compare within a table: its arms took turns in one run on one machine. Speeds of different runs do not compare. A number from a
+single round is marked ¹: it says less than the median of several.
+"""
+NONE = "No rows yet.\n"
+
+
+def page() -> str:
+    """The page's text."""
+    return "\n".join([HEAD, *_beside(), *_growth(), *_gates(), *_history()])
+
+
+def pictures(docs: Path) -> Iterator[tuple[Path, list[Row], Any]]:
+    """Each picture of the page, the rows that it shows, and what draws it."""
+    for name, rows in shown():
+        yield docs / "images" / f"bench-{name}.svg", rows, plots.bars
+    for axis, rows in grown():
+        yield docs / "images" / f"growth-{axis}.svg", rows, lambda rows, path, axis=axis: plots.growth(rows, axis, path)
+
+
+def shown() -> list[tuple[str, list[Row]]]:
+    """For each machine class, model and workload: a name for files and headings, and the rows of the newest run with a peer."""
+    newest: dict[str, list[Row]] = {}
+    for kind in ("cpu", "gpu"):
+        for rows in _runs(results.read(results.FOLDER / f"{kind}.csv")):
+            model, workload = rows[0]["workload"].split(",")[0], rows[0]["workload"].rsplit(", ", 1)[1]
+            tools = {row["arm"] for row in rows} - {BOUND}
+            if LAMINA in tools and len(tools) > 1:
+                newest[f"{kind}-{model}-{workload}"] = rows
+    return list(newest.items())
+
+
+def grown() -> list[tuple[str, list[Row]]]:
+    """The newest run of each axis of growth."""
+    newest: dict[tuple[str, str], list[Row]] = {}
+    for row in results.read(results.FOLDER / "growth_cpu.csv"):
+        newest.setdefault((row["axis"], row["run"]), []).append(row)
+    last = {axis: rows for (axis, _), rows in newest.items()}
+    return [(axis, last[axis]) for axis in plots.NAMES if axis in last]
+
+
+def _runs(rows: list[Row]) -> list[list[Row]]:
+    """Rows by run and workload, in the order of their writing."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["run"], row["workload"]), []).append(row)
+    return list(found.values())
+
+
+def _beside() -> Iterator[str]:
+    yield "## Beside other tools\n"
+    if not shown():
+        yield NONE
+    for name, rows in shown():
+        kind, rest = name.split("-", 1)
+        yield f"### {rest.rsplit('-', 1)[1].capitalize()}, {rest.rsplit('-', 1)[0]}, {kind.upper()}\n"
+        yield f"{rows[0]['workload'].split(', ', 1)[1]}. {_origin(rows)}\n"
+        yield f"{summary(rows)}\n"
+        yield f"![Real tokens per second of each arm](images/bench-{name}.svg)\n"
+        yield _table(
+            "arm | real tok/s | lowest – highest | supervised tok/s | peak GiB | Lamina is … × as fast | "
+            "of the bound | in GEMMs | s to a loss",
+            [
+                f"{row['arm']} | {row['tok_s']}{_once(row)} | {row['tok_s_min']} – {row['tok_s_max']} | {row['supervised_tok_s']} | "
+                f"{row['peak_gib']} | {_known(row['lamina_is_times_faster'])} | {_percent(row['of_bound'])} | "
+                f"{_percent(row['gemm_share'])} | {_known(row['seconds_to_loss'])}"
+                for row in rows
+                if row["arm"] != BOUND
+            ],
+        )
+
+
+def summary(rows: list[Row]) -> str:
+    """What the run says of Lamina, in one sentence: by the fastest peer over the same base, by TRL, by the bound, in memory."""
+    own = next(row for row in rows if row["arm"] == LAMINA)
+    bases = ("nf4", "int8", "fp8")
+    peers = [row for row in rows if row["arm"] not in (BOUND, LAMINA) and not row["arm"].endswith(bases)]
+    peers = [row for row in peers if row["lamina_is_times_faster"] and not row["arm"].startswith(LAMINA)]
+    if not peers:
+        return "No peer over the same base in this run."
+    best = min(peers, key=lambda row: float(row["lamina_is_times_faster"]))
+    parts = [f"Lamina is {best['lamina_is_times_faster']} × as fast as the fastest peer ({best['arm']})"]
+    trl = [row for row in peers if row["arm"].startswith("trl")]
+    if trl:
+        fast = min(trl, key=lambda row: float(row["lamina_is_times_faster"]))
+        least = min(trl, key=lambda row: float(row["peak_gib"]))
+        share = float(own["peak_gib"]) / float(least["peak_gib"])
+        parts.append(f"{fast['lamina_is_times_faster']} × as TRL's fastest form ({fast['arm']})")
+        parts.append(f"in {share:.2f} of the memory of TRL's leanest ({least['arm']})")
+    if own["of_bound"]:
+        parts.append(f"at {float(own['of_bound']):.0%} of the speed of the bare matrix products")
+    return ", ".join(parts) + (" (single rounds¹)." if own["rounds"] == "1" else ".")
+
+
+def _growth() -> Iterator[str]:
+    yield "## How cost grows\n"
+    if not grown():
+        yield NONE
+    for axis, rows in grown():
+        others = {"length": "rank {rank}", "rank": "rows of {length}", "layers": "rank {rank}, rows of {length}"}
+        setting = others.get(axis, "rank {rank}, rows of {length}").format(**rows[0])
+        model = "" if axis == "parameters" else f"{rows[0]['model']}, "
+        yield f"### Against {plots.NAMES[axis]}\n"
+        yield f"{model}{setting}, all tokens targets, about 2,048 tokens a step. {_origin(rows)}\n"
+        yield f"![Speed and memory against {plots.NAMES[axis]}; the dashed line is the bound](images/growth-{axis}.svg)\n"
+        arms = [arm for arm in (BOUND, LAMINA, "peft") if any(row["arm"] == arm for row in rows)]
+        at = {(row["value"], row["arm"]): row for row in rows}
+        lines = []
+        for value in sorted({row["value"] for row in rows}, key=int):
+            cells = [at.get((value, arm)) for arm in arms]
+            speeds = [f"{row['tok_s']}{_once(row)}" if row else "–" for row in cells]
+            memory = [row["peak_gib"] if row else "–" for row, arm in zip(cells, arms, strict=True) if arm != BOUND]
+            lines.append(" | ".join([f"{int(value):,}", *speeds, *memory]))
+        names = [f"{arm}, tok/s" for arm in arms] + [f"{arm}, GiB" for arm in arms if arm != BOUND]
+        yield _table(" | ".join([plots.NAMES[axis], *names]), lines)
+
+
+def _gates() -> Iterator[str]:
+    yield "## The long gates\n"
+    rows = results.read(results.FOLDER / "gates.csv")
+    rows = [row for row in rows if row["run"] == rows[-1]["run"]]
+    if not rows:
+        yield NONE
+        return
+    yield f"Of {rows[0]['model']}. {_origin(rows)}\n"
+    yield _table(
+        "gate | what | found | at most | passed",
+        [
+            f"{r['gate']} | {r['what']} | {r['found']} | {r['limit']} | {'yes' if r['passed'] == 'True' else 'no'}"
+            for r in rows
+        ],
+    )
+
+
+def _history() -> Iterator[str]:
+    yield "## All runs\n"
+    lines = []
+    for kind in ("cpu", "gpu"):
+        for rows in _runs(results.read(results.FOLDER / f"{kind}.csv")):
+            ratios = [(float(r["lamina_is_times_faster"]), r["arm"]) for r in rows if r["lamina_is_times_faster"]]
+            peers = [ratio for ratio in ratios if not ratio[1].startswith((LAMINA, BOUND))]
+            own = next((row for row in rows if row["arm"] == LAMINA), None)
+            nearest = "{} × {}".format(*min(peers)) if peers else "–"
+            workload = rows[0]["workload"]
+            lines.append(
+                f"{rows[0]['date']} | {rows[0]['commit']} | {_short(rows[0]['machine'])} | {workload.split(',')[0]}, "
+                f"{workload.rsplit(', ', 1)[1]} | {own['tok_s'] + _once(own) if own else '–'} | {nearest}"
+            )
+    yield (
+        _table("date | commit | machine | model, workload | Lamina, tok/s | and the nearest peer", lines)
+        if lines
+        else NONE
+    )
+
+
+def _origin(rows: list[Row]) -> str:
+    first = rows[0]
+    versions = sorted({part for row in rows for part in re.findall(r"\S+ \S+", row["versions"])})
+    return f"{first['date']}, commit {first['commit']}, {first['machine']}; {', '.join(versions)}."
+
+
+def _short(machine: str) -> str:
+    return ", ".join(machine.split(", ")[:2])
+
+
+def _once(row: Row) -> str:
+    return "¹" if row["rounds"] == "1" else ""
+
+
+def _known(value: str) -> str:
+    return value or "–"
+
+
+def _percent(value: str) -> str:
+    return f"{float(value):.0%}" if value else "–"
+
+
+def _table(head: str, lines: list[str]) -> str:
+    cells = [line.split(" | ") for line in lines]
+    numbers = [all(re.match(r"[\d–]", line[column]) for line in cells) for column in range(len(cells[0]))]
+    rule = "|".join("---:" if number else "---" for number in numbers)
+    return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {line} |" for line in lines)]) + "\n"
+
+
+def stale(docs: Path) -> Iterator[str]:
+    """What is not as the rows have it."""
+    target = docs / "benchmarks.md"
+    if not target.exists() or target.read_text(encoding="utf-8") != page():
+        yield f"{target.name} is out of step with benchmarks/results"
+    for path, rows, _ in pictures(docs):
+        if plots.drawn_from(path) != plots.digest(rows):
+            yield f"{path.name} was drawn from other rows"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where something is out of step")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of the page")
+    options = parser.parse_args()
+    if options.check:
+        found = list(stale(options.docs))
+        print("\n".join(found) or "in step")
+        sys.exit(bool(found))
+    (options.docs / "benchmarks.md").write_text(page(), encoding="utf-8")
+    for path, rows, draw in pictures(options.docs):
+        draw(rows, path)
+        print(f"{path.name}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()
