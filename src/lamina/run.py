@@ -163,4 +163,16 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
     return Result(folder, card)
 
 
-__all__ = ["CHANGEABLE", "SECTIONS", "Job", "Opened", "Result", "Show", "card_of", "fine_tune", "open_run", "resume"]
+__all__ = [
+    "CHANGEABLE",
+    "SECTIONS",
+    "Job",
+    "Opened",
+    "Result",
+    "Show",
+    "Silent",
+    "card_of",
+    "fine_tune",
+    "open_run",
+    "resume",
+]

@@ -23,6 +23,7 @@ from lamina.evaluation import Answer, Evaluating, answers
 from lamina.generation import evaluating
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
+from lamina.understand.budget import SAMPLES
 
 _SLICE = 32  # tokens whose distributions are compared at one time
 _Z = 1.96  # of a 95 % interval, normal over rows
@@ -155,7 +156,8 @@ def outcome(
     with evaluating(model.modules()):
         for batch in pack(held_out, budget):
             rows += _rows(model, batch)
-    found = answers(model, held_out, tokenizer, stop, settings.eval_samples, settings.eval_max_new_tokens)
+    samples = SAMPLES[1] if settings.eval_samples is None else settings.eval_samples
+    found = answers(model, held_out, tokenizer, stop, samples, settings.eval_max_new_tokens)
     order = {row.row: place for place, row in enumerate(held_out)}
     return Outcome(tuple(sorted(rows, key=lambda row: order[row.row])), found.rows if found else ())
 
