@@ -18,10 +18,11 @@ from lamina.data.prepare import Prepared
 from lamina.errors import ConfigError, Error, TrainingError
 from lamina.evaluation import Scores, score
 from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, read_job, settings_fingerprint
+from lamina.model.architecture import read_config
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import pick_device
-from lamina.opened import Opened, card_of, measured, open_run, stops
+from lamina.opened import Opened, card_of, measured, neutral_of, open_run, stops
 from lamina.planning import Planned, compared, plan_run
 from lamina.report.about import about
 from lamina.report.opening import data_lines, time_line, training_lines
@@ -125,6 +126,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
     check(job, base)
     with watch("data"):
         tokenizer = load_tokenizer(base)
+        neutral_of(job, tokenizer, read_config(base))  # read for the card; what is wrong with it is better told now
         data = prepare_data(job, base, tokenizer)
     for line in data_lines(data, tokenizer):
         show.line(line)
