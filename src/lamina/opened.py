@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from lamina.adapter_files import load_adapter
 from lamina.data.prepare import Prepared
-from lamina.data.render import end_tokens
+from lamina.data.render import Rendered, end_tokens
 from lamina.errors import AdapterError, CheckpointError
 from lamina.evaluation import Scores
 from lamina.job import Job, base_folder, prepare_data, read_job, shipped_path
+from lamina.model.architecture import Architecture
 from lamina.model.checkpoint import stored_tensors
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer, stop_tokens
@@ -113,10 +114,22 @@ def measured(asked: Asked, data: Prepared, job: Job, base: Scores | None = None,
     Args:
         base, adapter: their scores on the held-out rows, where they are known.
     """
-    path, most = job.evaluate.neutral, asked.model.architecture.max_position
-    neutral = read_neutral(shipped_path(path), asked.tokenizer, most) if path else []
+    neutral = neutral_of(job, asked.tokenizer, asked.model.architecture)
     wanted = sizes(job.evaluate, job.train, data.train, data.held_out)
     return measure(asked, data.held_out, neutral, wanted, base, adapter)
+
+
+def neutral_of(job: Job, tokenizer: Any, architecture: Architecture) -> list[Rendered]:
+    """A job's neutral text as rows; none where it is not measured. A row with an id that the model does not know is left out.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or is empty.
+        ConfigError: Lamina ships no such file.
+    """
+    if job.evaluate.neutral is None:
+        return []
+    rows = read_neutral(shipped_path(job.evaluate.neutral), tokenizer, architecture.max_position)
+    return [row for row in rows if row.tokens.max() < architecture.vocabulary]
 
 
 def stops(base: Path, tokenizer: Any, template: str | None) -> set[int]:

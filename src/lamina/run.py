@@ -25,15 +25,16 @@ from lamina.job import (
     prepare_data,
     read_job,
 )
+from lamina.model.architecture import read_config
 from lamina.model.decoder import Decoder
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import pick_device
-from lamina.opened import Opened, card_of, measured, open_run, stops
+from lamina.opened import Opened, card_of, measured, neutral_of, open_run, stops
 from lamina.planning import compared, plan_run
 from lamina.report.about import about
 from lamina.report.opening import data_lines, time_line, training_lines
 from lamina.report.record import write_json, write_text
-from lamina.reporting import close
+from lamina.reporting import write_explanation, write_page
 from lamina.training.available import Meter
 from lamina.training.loop import memory_told, start
 from lamina.training.resume import has_state, locked
@@ -119,6 +120,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
     check(job, base)
     with watch("data"):
         tokenizer = load_tokenizer(base)
+        neutral_of(job, tokenizer, read_config(base))  # read for the card; what is wrong with it is better told now
         data = prepare_data(job, base, tokenizer)
     for line in data_lines(data, tokenizer):
         show.line(line)
@@ -129,7 +131,8 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
     with watch("planning"):
         planned = plan_run(job, base, data)
     if not resuming:
-        diagnosis = diagnose(job, base, tokenizer, data, planned)
+        with watch("check"):
+            diagnosis = diagnose(job, base, tokenizer, data, planned)
         write_json(folder / "check.json", diagnosis.as_json())
         for line in diagnosis.short():
             show.line(line)
@@ -155,11 +158,13 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
         show.line(compared(planned, measured_peak))
         with watch("card"):
             card = measured(Asked(model, tokenizer, stop), data, job, run.base_scores, run.last_scores)
+        with watch("explanation"):
+            write_explanation(model, folder, base, data.held_out, job.train.portion, show.line)
     show.line(time_line(watch.seconds))
     told = about(job, model, folder) | {"held_out_fingerprint": data.held_out.fingerprint, "seconds": watch.seconds}
     more = {"memory": {"planned": planned.as_json(), "measured_bytes": measured_peak}, "ledger_notes": notes}
     write_json(folder / "card.json", told | more | card.as_json())
-    close(model, folder, base, data.held_out, job.train.portion, show.line)
+    write_page(folder, show.line)
     return Result(folder, card)
 
 

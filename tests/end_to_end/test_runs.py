@@ -1,6 +1,7 @@
 """A run's folder: what is kept, what is refused, and what is never lost."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from tokens import pieces
 from lamina import cli
 from lamina.adapter import LoRA
 from lamina.data.examples import DataSettings
-from lamina.errors import AdapterError, CheckpointError, ConfigError, TrainingError
+from lamina.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
 from lamina.evaluation import Evaluating
 from lamina.job import Job, Watching
 from lamina.jobfile import Head
+from lamina.model.architecture import read_config
 from lamina.model.weights import ModelSettings
-from lamina.opened import card_of, open_run
+from lamina.opened import card_of, neutral_of, open_run
 from lamina.report.record import read_metrics
 from lamina.run import fine_tune, resume
 from lamina.training.loop import Training, memory_told
@@ -211,6 +213,25 @@ def test_the_card_of_a_run(neutral: str | None, place: Path, tmp_path: Path) -> 
     assert {key: card[key] for key in again} == again, (
         "what the run's evaluations had computed is what is computed anew"
     )
+
+
+def test_neutral_text_that_is_not_there_is_told_before_the_run(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.txt: cannot be read .*; check neutral"):
+        fine_tune(job(place, tmp_path / "run", evaluate=Evaluating(neutral=str(tmp_path / "none.txt"))))
+    assert not (tmp_path / "run").exists()
+
+
+def test_neutral_text_beyond_the_models_vocabulary_is_left_out(place: Path, tmp_path: Path) -> None:
+    """A tokenizer may know more tokens than the model has vectors for; the data never hold them, a text might."""
+    architecture, text = read_config(place / "base"), tmp_path / "text.txt"
+    settings = job(place, tmp_path / "run", evaluate=Evaluating(neutral=str(text)))
+    text.write_text("the cat sat on a mat. " * 40, encoding="utf-8")
+    rows = neutral_of(settings, pieces(), architecture)
+    assert len(rows) > 1
+    known = max(int(row.tokens.max()) for row in rows)
+    assert neutral_of(settings, pieces(), replace(architecture, vocabulary=known + 1)) != []
+    assert neutral_of(settings, pieces(), replace(architecture, vocabulary=known)) == []
+    assert neutral_of(job(place, tmp_path / "run", evaluate=Evaluating(neutral=None)), pieces(), architecture) == []
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(place: Path, tmp_path: Path) -> None:

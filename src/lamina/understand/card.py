@@ -238,9 +238,8 @@ def _apart(model: Decoder, rows: Sequence[Rendered], portion: int) -> tuple[Dive
     base, adapter, kl = score_both(model, rows, portion)
     sums = Scores(base.targets, kl, base.correct, base.ends).per_row()[:, [0, 2]]
     total, tokens = sums.sum(0).tolist()
-    return Divergence(total / tokens, interval(sums, lambda s: s[..., :1] / s[..., 1:]), int(tokens)), Known(
-        rows, base, adapter
-    )
+    span = interval(sums, lambda drawn: drawn[..., :1] / drawn[..., 1:])
+    return Divergence(total / tokens, span, int(tokens)), Known(rows, base, adapter)
 
 
 def _answers(asked: Asked, held_out: TokenStore | Sequence[Rendered], sizes: Sizes) -> tuple[Answers, Answers] | None:
