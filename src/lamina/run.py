@@ -26,7 +26,7 @@ from lamina.opened import Opened, card_of, measured, open_run, stops
 from lamina.planning import Planned, compared, plan_run
 from lamina.report.opening import data_lines, training_lines
 from lamina.report.record import Record, read_metrics, write_json, write_text
-from lamina.reporting import close
+from lamina.reporting import write_explanation, write_page
 from lamina.training.available import Meter
 from lamina.training.finite import damage
 from lamina.training.interrupt import Interrupts
@@ -150,7 +150,8 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool) -> Result:
         card = measured(model, tokenizer, stops(base, tokenizer, job.data.template), data, job)
     memory = {"planned": planned.as_json(), "measured_bytes": measured_peak}
     write_json(folder / "card.json", _about(job, model, folder) | {"memory": memory} | card.as_json())
-    close(model, folder, base, data.held_out, job.train.portion, show.line)
+    write_explanation(model, folder, base, data.held_out, job.train.portion, show.line)
+    write_page(folder, show.line)
     return Result(folder, card)
 
 
