@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lamina.data.store import TokenStore
-from lamina.errors import Error
+from lamina.errors import ConfigError, Error
 from lamina.explaining import explain_trained
 from lamina.jobfile import Head
 from lamina.model.decoder import Decoder
@@ -37,9 +37,14 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         CheckpointError: the folder is not a run's, or one of its files is damaged.
+        ConfigError: ``out`` is a folder, or in one that does not exist.
     """
     run = Path(run)
     target = run / NAME if out is None else Path(out)
+    if target.is_dir():
+        raise ConfigError(f"{target}: found a folder, expected the name of a file for the page; name another --out")
+    if not target.parent.is_dir() and out is not None:
+        raise ConfigError(f"{target}: found no folder {target.parent}; make it, or name another --out")
     page_of(read_kept(run)).write(target)
     return target
 
