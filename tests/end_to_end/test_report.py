@@ -18,6 +18,7 @@ from lamina.job import Job, Watching
 from lamina.jobfile import Head
 from lamina.model.weights import ModelSettings
 from lamina.opened import held_out_of, open_run
+from lamina.reporting import write_page
 from lamina.run import Silent, fine_tune
 from lamina.training.loop import Training
 
@@ -106,18 +107,22 @@ def test_a_large_base_is_not_compared(run: Path, monkeypatch: pytest.MonkeyPatch
     assert found.base is None and all(update.relation is None for update in found.updates)
 
 
-def test_a_page_that_cannot_be_written_costs_the_page_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lamina.reporting.write_json", refuse)
     told = Told()
     result = fine_tune(job(tmp_path, tmp_path / "run"), told)
-    assert (result.folder / "card.json").is_file() and not (result.folder / "report.html").exists()
-    assert told.lines[-1] == (
-        "the run is complete, but for its page report.html (OSError: [Errno 28] No space left on device); again: "
-        f"lamina report {result.folder}"
-    )
+    assert (result.folder / "card.json").is_file() and not (result.folder / "explanation.json").exists()
+    assert told.lines[-2:] == [
+        "the run is complete, but for explanation.json (OSError: [Errno 28] No space left on device); again: "
+        f"lamina explain {result.folder}",
+        f"what it learnt, what it forgot and what it cost, on one page: {result.folder / 'report.html'}",
+    ]
+    monkeypatch.setattr("lamina.reporting.report", refuse)
+    write_page(result.folder, told.line)
+    assert told.lines[-1].startswith("the run is complete, but for report.html (OSError: [Errno 28] No space left")
 
 
 def test_a_run_over_a_quantised_base_without_held_out_rows(tmp_path: Path) -> None:

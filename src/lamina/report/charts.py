@@ -237,11 +237,11 @@ def _powers_of_two(axes: Any, at: Sequence[float]) -> None:
 
 
 def _edges(values: Sequence[float]) -> list[float]:
-    """Edges of the shades, evenly spaced, by factors where the values differ by more than fifty."""
+    """Edges of the shades, evenly spaced, by factors where the values differ by more than a thousand."""
     if not values:
         return []
     low, high = min(values), max(values)
-    if low > 0 and high / low > 50:
+    if low > 0 and high / low > 1000:
         return [low * (high / low) ** (n / STEPS) for n in range(STEPS + 1)]
     if high - low <= abs(high) * 1e-9:
         low, high = (low - 0.5 * abs(low), high + 0.5 * abs(high)) if high else (-0.5, 0.5)

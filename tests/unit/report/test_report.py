@@ -251,5 +251,9 @@ def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.Capt
     (folder / "explanation.json").unlink()
     assert cli.main(["report", str(folder)]) == 0
     assert capsys.readouterr().out == f"wrote {folder / 'report.html'}\n"
+    assert cli.main(["report", str(folder), "--out", str(tmp_path)]) == 2
+    assert "found a folder, expected the name of a file for the page" in capsys.readouterr().err
+    assert cli.main(["report", str(folder), "--out", str(tmp_path / "no" / "page.html")]) == 2
+    assert f"found no folder {tmp_path / 'no'}; make it" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "found no job.toml, expected the folder of a run" in capsys.readouterr().err

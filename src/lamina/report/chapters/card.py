@@ -79,7 +79,7 @@ def tokens(page: Page, kept: Kept) -> None:
     if learnt is None:
         section.note("The card holds no losses of single tokens.")
         return
-    for row in learnt.rows:
+    for number, row in enumerate(learnt.rows):
         shown = row.tokens[:TOKENS]
         rest = len(row.tokens) - len(shown)
         more = [Token(f" … {rest:,} more", "context")] if rest else []
@@ -87,8 +87,8 @@ def tokens(page: Page, kept: Kept) -> None:
             Tokens(
                 f"Held-out row {row.row}",
                 [*map(_token, shown), *more],
-                _SHADES,
-                "Below each token that counts: its loss in nats before → after.",
+                () if number else _SHADES,
+                "" if number else "Below each token that counts: its loss in nats before → after.",
             )
         )
     _lists(section, learnt)

@@ -12,6 +12,7 @@ from lamina.report.page import Page, Points
 
 _PARTS = {
     "data": "reading the data",
+    "planning": "planning the memory",
     "load": "loading the base",
     "base_evaluation": "evaluating the base",
     "training": "training steps",
