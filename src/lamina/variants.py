@@ -2,7 +2,7 @@
 
 Which faults a job has is read off its two files, ``NAME.toml`` and ``NAME-faithful.toml``: a setting in which they differ, or a name
 under ``[faults]``. What a setting of 7B means at another width is kept, and not its number: a learning rate stays as far from the
-rule of thumb as it was, and a length that was half of the mended job's is half of it again.
+rule of thumb as it was, a length that was half of the mended job's is half of it again, and alpha goes with the rank.
 """
 
 import json
@@ -73,13 +73,16 @@ def pair(letter: str, flags: Layer) -> tuple[Job, Job]:
     train = faithful.train
     if train.learning_rate is not None and "learning_rate" not in flags.values["train"]:
         train = replace(train, learning_rate=_rate(train.learning_rate, mended))
+    adapter, was = faithful.adapter, plain[1].adapter
+    if "alpha" not in flags.values["adapter"]:
+        adapter = replace(adapter, alpha=was.alpha / was.rank * adapter.rank)
     shared: dict[str, Any] = {
         "head": mended.head,
         "model": mended.model,
         "watch": mended.watch,
         "evaluate": mended.evaluate,
     }
-    return mended, replace(faithful, **shared, data=data, train=train)
+    return mended, replace(faithful, **shared, data=data, train=train, adapter=adapter)
 
 
 def _demo(flags: Layer) -> Layer:

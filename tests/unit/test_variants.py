@@ -96,6 +96,8 @@ def test_what_a_setting_means_is_kept_at_another_width() -> None:
     assert faithful.data.max_length == 64
     _, faithful = pair("A", flags(data={"max_length": 96}))
     assert faithful.data.max_length == 48
+    _, faithful = pair("A", flags(adapter={"rank": 8}))
+    assert (faithful.adapter.rank, faithful.adapter.alpha) == (8, 2.0)
 
 
 def test_flags_hold_for_every_variant() -> None:

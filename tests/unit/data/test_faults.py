@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokens
+from conftest import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from lamina.data.prepare import Prepared, prepare
 from lamina.data.render import mark, render, tokens_of
 from lamina.data.templates import chat_format
 from lamina.errors import ConfigError
+from lamina.model.tokenizer import load_tokenizer
 
 BOS, EOS = 1, 2
 words = st.lists(st.sampled_from("the cat sat on a mat and saw".split(" ")), min_size=1, max_size=6).map(" ".join)
@@ -145,3 +147,18 @@ def test_a_run_says_aloud_what_it_commits() -> None:
     )
     with pytest.raises(ConfigError, match="found .*no-such.*expected a list of one of masked-end"):
         Faults(commit=("no-such",))
+
+
+@pytest.mark.slow
+def test_the_tutorials_rows_as_the_tutorial_trained_on_them() -> None:
+    """All of guanaco-llama2-1k: two start tokens, no end token with a loss, and every other token with one."""
+    settings = DataSettings(data=str(shared_data("guanaco-llama2-1k")), train_on="everything", max_length=1024)
+    tokenizer = load_tokenizer(shared_data("llama2-tokenizer"))
+    clean = prepare(settings, tokenizer, 0)
+    found = prepare(settings, tokenizer, 0, faults=Faults(commit=("masked-end", "double-start")))
+    assert found.held_out.fingerprint == clean.held_out.fingerprint
+    assert found.train.rows.tolist() == clean.train.rows.tolist()
+    for row in found.train:
+        assert row.tokens[:2].tolist() == [BOS, BOS] and len(row.tokens) <= 1024
+        assert row.trained[1:].tolist() == (row.tokens[1:] != EOS).tolist()
+    assert found.report.ended == 0 and clean.report.ended > 900
