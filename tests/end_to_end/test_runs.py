@@ -185,7 +185,7 @@ def test_an_update_too_small_for_bf16_is_told_before_the_run(
     ]
     files = ["--model", str(place / "base"), "--data", str(place / "rows.jsonl"), "--out", str(tmp_path / "run")]
     assert cli.main(["train", *files, *settings]) == 0
-    assert ("warning: update-too-small: these 4 steps at this rate" in capsys.readouterr().out) == warned
+    assert ("doctor: warning update-too-small: these 4 steps at this rate" in capsys.readouterr().out) == warned
     told = {finding["rule"] for finding in json.loads((tmp_path / "run" / "check.json").read_text())["findings"]}
     assert ("update-too-small" in told) == warned
 

@@ -54,22 +54,23 @@ class DataSettings:
     """Rows that are read and tokenised together; memory and speed depend on it, results do not."""
 
 
-def read_examples(
-    data: str | Path, *, split: str = "train", revision: str | None = None, problems: Problems | None = None
-) -> Iterator[Example]:
+def read_examples(data: str | Path, *, split: str = "train", revision: str | None = None) -> Iterator[Example]:
     """Reads examples one by one, in the order of the file; of a folder's files by name, numbered on.
 
     Args:
         data: a file, a folder, or a hub dataset (``owner/name`` or ``owner/name:configuration``).
         split: part of a hub dataset, or of a folder whose file names tell parts (``train.jsonl``).
         revision: commit, tag or branch of a hub dataset.
-        problems: takes what is wrong with single rows.
 
     Raises:
         DataError: the data cannot be found or read; or, after the last row, all rows that no form fits.
     """
-    problems = problems or Problems()
-    for row in _rows(str(data), split, revision, problems):
+    return examples_in(str(data), split, revision, Problems())
+
+
+def examples_in(data: str, split: str, revision: str | None, problems: Problems) -> Iterator[Example]:
+    """What ``read_examples`` yields; ``problems`` takes what is wrong with single rows."""
+    for row in _rows(data, split, revision, problems):
         try:
             yield example(row.value, row.number)
         except DataError as error:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.data.examples import DataSettings, read_examples
+from lamina.data.examples import DataSettings, examples_in
 from lamina.data.faults import Fault, Faults, on_row, without_template
 from lamina.data.fit import fit
 from lamina.data.forms import Example
@@ -157,7 +157,7 @@ def _read(of: _Source, source: str, split: str, commit: Collection[Fault] = ()) 
     begins = chat.tokenizer.bos_token_id if chat.bos else None
     revision = settings.data_revision if source == settings.data else None
     with TokenWriter() as writer:
-        examples = read_examples(source, split=split, revision=revision, problems=problems)
+        examples = examples_in(source, split, revision, problems)
         while block := list(islice(examples, settings.read_ahead)):
             marked = list(_mark(block, chat, settings.system_prompt, source, problems, commit))
             for rendered in tokens_of(marked, chat, settings.train_on):

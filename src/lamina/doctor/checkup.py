@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.adapter import LoRA
-from lamina.data.examples import read_examples
+from lamina.data.examples import examples_in
 from lamina.data.lengths import Cut, Lengths
 from lamina.data.prepare import Prepared
 from lamina.data.problems import Problems
@@ -164,9 +164,7 @@ class _Examination:
                 self.data = self._prepared(self.folder, problems)
             else:  # their form can be examined all the same
                 data = shipped(self.job.data)
-                deque(
-                    read_examples(data.data, split=data.split, revision=data.data_revision, problems=problems), maxlen=0
-                )
+                deque(examples_in(data.data, data.split, data.data_revision, problems), maxlen=0)
         except ModelError as error:
             self.refuse("tokenizer", error)
         except DataError as error:

@@ -49,7 +49,7 @@ class Finding:
     def line(self) -> str:
         """The finding in a line: what, and how to mend it."""
         place = f" ({self.place})" if self.rows else ""
-        return f"{self.grade}: {self.rule}: {self.found}{place}; {self.mend}"
+        return f"doctor: {self.grade} {self.rule}: {self.found}{place}; {self.mend}"
 
 
 @dataclass(frozen=True)

@@ -191,9 +191,9 @@ def test_the_order_and_the_words_of_a_diagnosis() -> None:
     assert [finding.rule for finding in found.findings] == ["b", "d", "c", "a"]
     assert found.summary() == "2 errors, 1 warning, 1 note"
     assert list(found.short()) == [
-        "error: b: found; mend",
-        "error: d: found (rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more); mend",
-        "warning: c: found; mend",
+        "doctor: error b: found; mend",
+        "doctor: error d: found (rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more); mend",
+        "doctor: warning c: found; mend",
     ]
     assert found.as_json()["findings"][1] == {
         "rule": "d", "grade": "error", "found": "found", "why": "why", "mend": "mend", "rows": list(range(1, 13)),
