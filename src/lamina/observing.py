@@ -63,6 +63,8 @@ class Observing:
         if self._observer:
             self._observer.close()
         self._samples.close()
+        if error is not None:
+            self._file.save()  # what led to an error is worth reading; a resumed run cuts it back
 
     def step(self, step: Step) -> None:
         """Takes what a step did into the ledger."""

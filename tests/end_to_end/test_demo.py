@@ -32,6 +32,7 @@ def test_the_demo_keeps_its_promises(run: Path) -> None:
     assert adapter["answers"]["stop_rate"] >= 0.95
     assert adapter["neutral"]["perplexity"] < 1.25 * base["neutral"]["perplexity"]
     assert 0 < card["memory_bytes"] <= 2 * 2**30
+    assert card["ledger_notes"] == []  # a sound run is not talked about
 
 
 def test_the_demos_curve_is_in_tensorboard(run: Path) -> None:

@@ -88,4 +88,5 @@ def test_a_real_checkpoint_learns_a_real_dataset(tmp_path: Path, capsys: pytest.
     card = json.loads((run / "card.json").read_text())
     assert card["adapter"]["held_out"]["loss"] == pytest.approx(evaluations[-1], rel=1e-6)
     assert card["base"]["held_out"]["loss"] == pytest.approx(evaluations[0], rel=1e-6)
+    assert card["ledger_notes"] == []
     merged_in_transformers(run, ["Tom has 3 cats and 2 dogs. How many pets has he?", "Hello"], 32, capsys)

@@ -49,8 +49,8 @@ by it. 0.73 is seen in the demo, whose rows are drawn at random."""
 
 ORDERED = 2.5
 """Batches are ordered by length if the variance of their mean length is so many times that of rows drawn at random, which is the
-rows' own by the batch size. Drawn at random it comes to 1 ± 0.2 over 50 steps (0.8 to 1.1 on GSM8K and guanaco); grouped by length,
-to nearly the batch size (3.9 to 4.0 at four)."""
+rows' own by the batch size. Drawn at random it comes to 1 ± 0.2 over 50 steps (0.8 to 1.4 in the demo, on GSM8K and guanaco);
+grouped by length, to nearly the batch size (3.9 to 4.0 at four)."""
 
 FOLLOWS_ORDER = 0.4
 """The correlation from which such an order is told: over 50 steps, chance gives so much once in 250 times."""
