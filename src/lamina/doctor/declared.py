@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from lamina.doctor.case import Case
 from lamina.doctor.finding import Finding, Grade
-from lamina.job import Job
 
 
 class _Fault(NamedTuple):
@@ -69,15 +68,9 @@ _FAULTS = {
 }
 
 
-def committed(job: Job) -> tuple[str, ...]:
-    """The faults that a job names."""
-    section = getattr(job, "faults", None)
-    return tuple(section.commit) if section else ()
-
-
 def faults(case: Case) -> Iterator[Finding]:
     """Every fault that the job names."""
-    for name in committed(case.job):
+    for name in case.job.faults.commit:
         fault = _FAULTS[name]
         yield Finding(name, fault.grade, fault.found, fault.why, fault.mend.format(name))
 
