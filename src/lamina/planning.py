@@ -5,6 +5,7 @@ chosen here (``training.choosing``), and the choice is written into the run's jo
 another machine is still cut in the same way.
 """
 
+import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -122,6 +123,8 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planne
         ConfigError: an adapter that does not fit the model.
     """
     device = pick_device(job.model.device)
+    # Loaded by torch.optim and torch.utils.checkpoint at their first use: then it would be taken from what is free here.
+    importlib.import_module("torch._dynamo")
     free = available(device) if job.train.memory_gib is None else round(job.train.memory_gib * GIB)
     needs = _Needs(job, base, data.train, data.train.lengths, device.type)
     choice, found, fits = needs.choose(free)

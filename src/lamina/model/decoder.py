@@ -98,7 +98,8 @@ class Trunk(nn.Module):
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(a.vocabulary, a.width)
+        # Not drawn: on the meta device that would load the packages of torch.compile, for a second.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(a.vocabulary, a.width), freeze=False)
         self.layers = nn.ModuleList(Layer(a, layer) for layer in range(a.layers))
         self.norm = Norm(a.width, a.norm_eps)
 
