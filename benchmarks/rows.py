@@ -80,6 +80,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def counts(path: Path, first: int, workload: str) -> Iterator[tuple[int, int]]:
+    """Tokens and targets of each step's rows, from the row ``first``; without end."""
+    with path.open(encoding="utf-8") as lines:
+        known = [
+            (len(row["input_ids"]), sum(x != IGNORED for x in row["labels"][1:])) for row in map(json.loads, lines)
+        ]
+    for start in itertools.count(first, BATCH[workload]):
+        step = [known[index % len(known)] for index in range(start, start + BATCH[workload])]
+        yield sum(tokens for tokens, _ in step), sum(targets for _, targets in step)
+
+
 def dense(length: int, count: int) -> list[dict[str, Any]]:
     """Rows of one length, all targets: texts one after another, again from the first where they end."""
     texts = _chat(cut=None) if real() else _random(377, LONGEST, 0.3)
