@@ -57,7 +57,7 @@ def rows_of(reports: Reports, found: dict[Arm, list[str]], model: str, fixed: di
         rates, factor, over = [speed(r) for r in own], paired(own, lamina), paired(own, bare)
         loud = max(statistics.median(map(noise, group)) for group in (own, lamina) if group)
         values = fixed | {
-            "workload": f"{model}, {texts.about(arm.workload)}, {texts.BATCH[arm.workload]} rows a step, {arm.workload}",
+            "workload": f"{model}, {texts.about(arm.workload)}, {texts.rows_a_step(arm.workload)}, {arm.workload}",
             "arm": arm.name,
             "settings": json.dumps(arm.settings),
             "tok_s": _round(statistics.median(rates), 1),

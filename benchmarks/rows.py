@@ -50,6 +50,11 @@ def about(workload: str) -> str:
     return text if real() else f"random tokens in the place of {text}"
 
 
+def rows_a_step(workload: str) -> str:
+    """How many rows a step has, in words."""
+    return f"{BATCH[workload]} row{'s' if BATCH[workload] > 1 else ''} a step"
+
+
 def write(folder: Path) -> Path:
     """Writes all files of rows, once."""
     stamp, expected = folder / "made.json", {"real": real(), "version": VERSION}

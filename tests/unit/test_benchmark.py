@@ -94,6 +94,7 @@ def test_the_arms_of_a_run() -> None:
         catalogue.chosen(None, "hole", quick=False)
 
 
+@pytest.mark.slow
 def test_an_environment_that_cannot_be_installed_is_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +105,24 @@ def test_an_environment_that_cannot_be_installed_is_told_in_one_line(
     assert environments.python("none", tmp_path) is None
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and told[1].startswith("none is left out, its environment cannot be installed: ")
+
+
+def test_rows_without_the_data_are_random_ones_of_like_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = module("rows")
+    monkeypatch.setattr(texts, "DATA", tmp_path / "none")
+    folder = texts.write(tmp_path / "rows")
+    known = {
+        file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in folder.glob("*.jsonl")
+    }
+    longest = {name: max(len(row["input_ids"]) for row in rows) for name, rows in known.items()}
+    expected = {"whole": 512, "answers": 512, "templated": 160, "dense": 512, "long": 2048}
+    assert {name: longest[name] for name in expected} == expected
+    assert (len(known["gate"]), len(known["held_out"])) == (4, 8)
+    assert all(any(label != -100 for label in row["labels"][1:]) for rows in known.values() for row in rows)
+    assert texts.about("whole") == "random tokens in the place of guanaco-llama2-1k[:256] cut at 512"
+    first, second, _ = zip(range(3), texts.counts(folder / "dense.jsonl", 2, "dense"), strict=False)
+    assert first[1] == second[1] == (4 * 512, 4 * 511)
 
 
 def test_the_bound_counts_the_products_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
