@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ class Bench:
                     print(failed, flush=True)
                     continue
                 report |= {"counted": report["steps"][warmup:], "round": round_, "warmup": warmup}
+                report["miscounted"] = miscounted(
+                    report, texts.counts(self.files.rows(arm.workload), first, arm.workload)
+                )
                 self.reports.setdefault(arm, []).append(report)
                 numbers = f"{results.speed(report):7.1f} tok/s  {report['peak'] / 2**30:5.2f} GiB"
                 print(
@@ -148,3 +152,11 @@ class Bench:
                 self.reports[arm][round_] |= {"seconds_to_loss": seconds, "until": until}
                 told = f"{seconds:6.1f} s" if reached else "not reached"
                 print(f"to the loss  {arm.label:28} {told}, {len(report['steps'])} steps", flush=True)
+
+
+def miscounted(report: dict[str, Any], expected: Iterator[tuple[int, int]]) -> str:
+    """The first step whose (real, supervised) tokens are not those of its rows."""
+    for number, (step, rows) in enumerate(zip(report["steps"], expected, strict=False), 1):
+        if (step["tokens"], step["supervised"]) != rows:
+            return f"counts: step {number} had {step['tokens']} tokens, {step['supervised']} of them targets, its rows have {rows}"
+    return ""

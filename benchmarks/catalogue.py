@@ -17,7 +17,7 @@ class Arm:
 
     Attributes:
         program: the file in ``arms/``; environment: where it runs, "" for Lamina's own.
-        slow: runs fewer steps and rounds; extra: takes part in a full run only.
+        slow: runs fewer steps and rounds; extra: takes part in a full run only; asked: only where it is named.
         own_weights: weighs the step's tokens in another way than all others, by its recipe; its losses are compared with nothing.
     """
 
@@ -27,6 +27,7 @@ class Arm:
     workload: str = "whole"
     slow: bool = False
     extra: bool = False
+    asked: bool = False
     environment: str = ""
     own_weights: bool = False
 
@@ -50,7 +51,12 @@ class Arm:
         return self.name == BOUND
 
 
-TRL_BEST = {"adapter": "bf16", "bf16": False, "gradient_checkpointing": False}
+TRL_BEST = {
+    "adapter": "bf16",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "max_length": None,
+}  # by itself it cuts at 1,024
 FACTORY_BEST = {"disable_gradient_checkpointing": True}  # it refuses pure_bf16 on a CPU
 PEFT, LITGPT, TORCHTUNE, FACTORY = "peft", "litgpt", "torchtune", "llamafactory"
 _P: dict[str, Any] = {"environment": PEFT}
@@ -76,21 +82,21 @@ def best(workload: str) -> tuple[Arm, ...]:
 ARMS = (
     *best("whole"),
     Arm("peft-single", "peft_loop", {"adapter": "bf16", "micro": 1}, **_P, extra=True),
-    Arm("trl-padding-free", "trl_sft", TRL_BEST | {"padding_free": True, "max_length": None}, **_P, extra=True),
+    Arm("trl-padding-free", "trl_sft", TRL_BEST | {"padding_free": True}, **_P, extra=True),
     Arm("litgpt-single", settings={"precision": "bf16-true", "micro": 1}, **_LITGPT, extra=True),
-    Arm("torchtune-single", settings={"checkpointing": False, "micro": 1}, **_TUNE, extra=True),
+    Arm("torchtune-single", settings={"checkpointing": False, "micro": 1}, **_TUNE, asked=True),
     Arm("torchtune-packed", settings={"checkpointing": False, "packed": True}, **_TUNE, extra=True),
     Arm("llamafactory-packed", settings=FACTORY_BEST | {"packed": True}, **_FACTORY, extra=True),
-    Arm("peft-mixed", "peft_loop", {"adapter": "fp32", "autocast": True}, **_P, extra=True),
-    Arm("trl-mixed", "trl_sft", {"gradient_checkpointing": False}, **_P, extra=True),
+    Arm("peft-mixed", "peft_loop", {"adapter": "fp32", "autocast": True}, **_P, asked=True),
+    Arm("trl-mixed", "trl_sft", {"gradient_checkpointing": False}, **_P, asked=True),
     Arm("trl-default", "trl_sft", **_P, slow=True, extra=True),
     Arm("litgpt-default", settings={"weighting": "rows"}, **_LITGPT, slow=True, extra=True, own_weights=True),
     Arm("torchtune-default", **_TUNE, slow=True, extra=True),
     Arm("llamafactory-default", **_FACTORY, slow=True, extra=True),
-    Arm("lamina-nf4", "lamina_arm", {"base": "nf4"}, extra=True),
-    Arm("peft-nf4", "peft_loop", {"adapter": "bf16", "base": "nf4"}, **_P, extra=True),
+    Arm("lamina-nf4", "lamina_arm", {"base": "nf4"}, asked=True),
+    Arm("peft-nf4", "peft_loop", {"adapter": "bf16", "base": "nf4"}, **_P, asked=True),
     Arm("lamina-int8", "lamina_arm", {"base": "int8"}, extra=True),
-    Arm("peft-int8", "peft_loop", {"adapter": "bf16", "base": "int8"}, **_P, extra=True),
+    Arm("peft-int8", "peft_loop", {"adapter": "bf16", "base": "int8"}, **_P, asked=True),
     *best("answers"),
     *best("templated"),
     *best("dense"),
@@ -117,13 +123,13 @@ class Extent:
         return self.warmup, self.steps
 
 
-FULL = Extent(rounds=5, warmup=2, steps=6, slow_rounds=3, slow_steps=3, loss_steps=6, loss_rounds=3)
-QUICK = Extent(rounds=2, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=3, loss_rounds=1)
-SMOKE = Extent(rounds=1, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=3, loss_rounds=1)
+FULL = Extent(rounds=5, warmup=1, steps=5, slow_rounds=3, slow_steps=3, loss_steps=5, loss_rounds=1)
+QUICK = Extent(rounds=2, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)
+SMOKE = Extent(rounds=1, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)
 
 
 def chosen(names: str | None, workloads: str, quick: bool) -> list[Arm]:
-    """The arms of a run: by name, where names are given; else all, but the extra ones of a short run.
+    """The arms of a run: by name, where names are given; else all that need not be named, without the extra ones in a short run.
 
     Raises:
         SystemExit: a name that no arm has, or a workload that there is none of.
@@ -139,4 +145,4 @@ def chosen(names: str | None, workloads: str, quick: bool) -> list[Arm]:
     arms = [arm for arm in ARMS if workloads == "all" or arm.workload in over]
     if asked:
         return [arm for arm in arms if arm.name in asked]
-    return [arm for arm in arms if not (quick and arm.extra)]
+    return [arm for arm in arms if not (arm.asked or (quick and arm.extra))]

@@ -57,7 +57,7 @@ def rows_of(reports: Reports, found: dict[Arm, list[str]], model: str, fixed: di
         rates, factor, over = [speed(r) for r in own], paired(own, lamina), paired(own, bare)
         loud = max(statistics.median(map(noise, group)) for group in (own, lamina) if group)
         values = fixed | {
-            "workload": f"{model}, {texts.about(arm.workload)}, {texts.BATCH[arm.workload]} rows a step, {arm.workload}",
+            "workload": f"{model}, {texts.about(arm.workload)}, {texts.rows_a_step(arm.workload)}, {arm.workload}",
             "arm": arm.name,
             "settings": json.dumps(arm.settings),
             "tok_s": _round(statistics.median(rates), 1),
@@ -80,7 +80,9 @@ def rows_of(reports: Reports, found: dict[Arm, list[str]], model: str, fixed: di
             "seconds_to_loss": _round(_median(r.get("seconds_to_loss") for r in own), 1),
             "held_out_loss": _round(_median(r.get("until") for r in own), 4),
         }
-        made.append(values | {"faults": "; ".join([*found.get(arm, []), *silent(own), *loudness(loud)])})
+        made.append(
+            values | {"faults": "; ".join([*found.get(arm, []), *silent(own), *miscounts(own), *loudness(loud)])}
+        )
     return made
 
 
@@ -101,6 +103,11 @@ def _median(values: Any) -> float | None:
 def silent(reports: list[dict[str, Any]]) -> list[str]:
     """What the measured runs add to the gate "alive"."""
     return [f"alive: {len(r['silent'])} matrices without a gradient in bf16" for r in reports if r["silent"]][:1]
+
+
+def miscounts(reports: list[dict[str, Any]]) -> list[str]:
+    """The gate "counts", of the measured runs."""
+    return [r["miscounted"] for r in reports if r.get("miscounted")][:1]
 
 
 def loudness(share: float) -> list[str]:

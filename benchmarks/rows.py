@@ -50,6 +50,11 @@ def about(workload: str) -> str:
     return text if real() else f"random tokens in the place of {text}"
 
 
+def rows_a_step(workload: str) -> str:
+    """How many rows a step has, in words."""
+    return f"{BATCH[workload]} row{'s' if BATCH[workload] > 1 else ''} a step"
+
+
 def write(folder: Path) -> Path:
     """Writes all files of rows, once."""
     stamp, expected = folder / "made.json", {"real": real(), "version": VERSION}
@@ -78,6 +83,17 @@ def write(folder: Path) -> Path:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def counts(path: Path, first: int, workload: str) -> Iterator[tuple[int, int]]:
+    """Tokens and targets of each step's rows, from the row ``first``; without end."""
+    with path.open(encoding="utf-8") as lines:
+        known = [
+            (len(row["input_ids"]), sum(x != IGNORED for x in row["labels"][1:])) for row in map(json.loads, lines)
+        ]
+    for start in itertools.count(first, BATCH[workload]):
+        step = [known[index % len(known)] for index in range(start, start + BATCH[workload])]
+        yield sum(tokens for tokens, _ in step), sum(targets for _, targets in step)
 
 
 def dense(length: int, count: int) -> list[dict[str, Any]]:

@@ -33,13 +33,15 @@ def compare(options: argparse.Namespace) -> None:
     if files.about.startswith("random"):
         print("guanaco-llama2-1k, gsm8k and the Llama-2 tokenizer are not in ../shared/data: rows are random tokens")
     date, commit, run = results.stamp()
-    bench = Bench(files, options.resume or run, device)
+    if options.resume:
+        run, commit = options.resume, options.resume.partition("-")[2]
+    bench = Bench(files, run, device)
     arms = bench.able(arms)
+    print(f"run {run}, to go on with if it is cut off: --resume {run}\nrounds: {asdict(extent)}", flush=True)
     found = {} if options.no_gates else bench.gate(arms)
-    print(f"run {bench.folder.name}, rounds: {asdict(extent)}", flush=True)
     bench.rounds(arms, extent)
     bench.to_a_loss(arms, extent)
-    fixed = {"date": date, "commit": commit, "run": bench.folder.name}
+    fixed = {"date": date, "commit": commit, "run": run}
     rows = results.rows_of(bench.reports, found, files.name, fixed)
     results.show(rows)
     if options.tiny or options.no_gates:

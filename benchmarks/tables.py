@@ -99,9 +99,7 @@ def _beside() -> Iterator[str]:
 def summary(rows: list[Row]) -> str:
     """What the run says of Lamina, in one sentence: by the fastest peer over the same base, by TRL, by the bound, in memory."""
     own = next(row for row in rows if row["arm"] == LAMINA)
-    bases = ("nf4", "int8", "fp8")
-    peers = [row for row in rows if row["arm"] not in (BOUND, LAMINA) and not row["arm"].endswith(bases)]
-    peers = [row for row in peers if row["lamina_is_times_faster"] and not row["arm"].startswith(LAMINA)]
+    peers = peers_of(rows)
     if not peers:
         return "No peer over the same base in this run."
     best = min(peers, key=lambda row: float(row["lamina_is_times_faster"]))
@@ -113,9 +111,21 @@ def summary(rows: list[Row]) -> str:
         share = float(own["peak_gib"]) / float(least["peak_gib"])
         parts.append(f"{fast['lamina_is_times_faster']} × as TRL's fastest form ({fast['arm']})")
         parts.append(f"in {share:.2f} of the memory of TRL's leanest ({least['arm']})")
+    int8 = next((row for row in rows if row["arm"] == f"{LAMINA}-int8"), None)
+    if int8:
+        parts.append(
+            f"over an int8 base {float(int8['tok_s']) / float(best['tok_s']):.2f} × as fast as that peer over bf16"
+        )
     if own["of_bound"]:
         parts.append(f"at {float(own['of_bound']):.0%} of the speed of the bare matrix products")
     return ", ".join(parts) + (" (single rounds¹)." if own["rounds"] == "1" else ".")
+
+
+def peers_of(rows: list[Row]) -> list[Row]:
+    """The other tools' rows over a base that is not quantised."""
+    apart = (LAMINA, BOUND)
+    known = [row for row in rows if row["lamina_is_times_faster"] and not row["arm"].startswith(apart)]
+    return [row for row in known if not row["arm"].endswith(("nf4", "int8", "fp8"))]
 
 
 def _growth() -> Iterator[str]:
@@ -163,8 +173,7 @@ def _history() -> Iterator[str]:
     lines = []
     for kind in ("cpu", "gpu"):
         for rows in _runs(results.read(results.FOLDER / f"{kind}.csv")):
-            ratios = [(float(r["lamina_is_times_faster"]), r["arm"]) for r in rows if r["lamina_is_times_faster"]]
-            peers = [ratio for ratio in ratios if not ratio[1].startswith((LAMINA, BOUND))]
+            peers = [(float(row["lamina_is_times_faster"]), row["arm"]) for row in peers_of(rows)]
             own = next((row for row in rows if row["arm"] == LAMINA), None)
             nearest = "{} × {}".format(*min(peers)) if peers else "–"
             workload = rows[0]["workload"]
