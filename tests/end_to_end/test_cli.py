@@ -116,7 +116,7 @@ def test_jobs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None
             "--model and --data",
         ),
         (["train", "--model", "m"], "found no job, expected a built-in one"),
-        (["train", "dmeo"], "dmeo: is no built-in job; did you mean demo? (known: demo, guanaco-7b, kdnuggets, mini"),
+        (["train", "dmeo"], "dmeo: is no built-in job; did you mean demo? (known: demo, guanaco-7b, kdnuggets, kdnug"),
         (
             ["train", "no/job.toml"],
             "no/job.toml: found no such file, expected a job.toml; `lamina init > job.toml` writ",

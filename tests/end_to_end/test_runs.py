@@ -207,8 +207,8 @@ def test_the_card_of_a_run(neutral: str | None, place: Path, tmp_path: Path) -> 
     assert len(card["adapter"]["answers"]["rows"]) == 3, "all that is held out"
     assert len(card["learnt"]["rows"]) == 3
     assert card["dose"]["scales"][0] == 0 and len(card["dose"]["task"]) == 7
-    parts = {"data", "planning", "load", "base_evaluation", "training", "evaluations", "saving", "card"}
-    assert card["seconds"].keys() == parts
+    parts = {"data", "planning", "check", "load", "base_evaluation", "training", "evaluations", "saving", "card"}
+    assert card["seconds"].keys() == parts | {"explanation"}
     again = card_of(open_run(run)).as_json()
     assert {key: card[key] for key in again} == again, (
         "what the run's evaluations had computed is what is computed anew"
