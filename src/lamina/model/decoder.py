@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lamina.model.architecture import Architecture, Rope
+from lamina.ops.norm import rms_norm
 from lamina.ops.rotary import rotate
 from lamina.ops.shapes import Float, Int
 
@@ -30,7 +31,7 @@ class Attend(Protocol):
 
 
 class Norm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467): x / √(mean x² + ε) · weight, reduced in fp32."""
+    """Root mean square norm: x / √(mean x² + ε) · weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):

@@ -14,6 +14,7 @@ from typing import Literal
 from lamina.model.architecture import Architecture
 from lamina.model.quantised import Base
 from lamina.ops.loss import CHUNK, SLICE, WIDE_CHUNK
+from lamina.ops.norm import CHUNK as NORM_CHUNK
 from lamina.training.optimizer import Kind
 
 FLOAT, INDEX = 4, 8
@@ -125,11 +126,6 @@ class Layer:
         """All that the layer keeps."""
         return self.attention + self.norm + self.mlp
 
-    @property
-    def shared(self) -> bool:
-        """Whether the layer's input itself is among what the layer keeps, and not only an fp32 copy of it."""
-        return self.entering and norm_itemsize(self.setup) == self.e
-
     def _attention(self, masked: int) -> int:
         a, n, e = self.setup.architecture, self.n, self.e
         names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -158,12 +154,13 @@ class Layer:
         # Silu keeps gate; the product keeps silu(gate) for the gradient of up, and up for that of silu(gate).
         kept = inner * (gate + up + gate) + self._read(["mlp.gate_proj", "mlp.up_proj"], self.middle)
         kept += self._read(["mlp.down_proj"], product)
-        # Forward, beside the residual stream and the MLP's input: both factors and the product, then the product and output.
+        # Forward: both factors and the product, then the product and the output; beside them the residual stream, which the
+        # norm keeps where it keeps anything, and the MLP's input.
         reads = not self.setup.dropout  # with dropout, what an adapted linear keeps is not its input
         entry = stream * (not (reads and {"mlp.gate_proj", "mlp.up_proj"} & self.ranks.keys()))
         unkept = inner * (not (reads and down))
         dropping = (numbers * FLOAT - inner) * (down and not reads)  # the mask is drawn in integers
-        forward = stream + entry + unkept + max(inner * ((not up) + (not gate)), stream, dropping)
+        forward = stream * (not self.middle) + entry + unkept + max(inner * ((not up) + (not gate)), stream, dropping)
         # Backward: the gradients of the product and of both factors; what down_proj kept is not needed any more.
         return kept, forward, inner * (product * (not down) + gate + up)
 
@@ -187,19 +184,15 @@ class Layer:
         return self.ranks[name] * sum(self.shapes[name])
 
 
-def norm_itemsize(setup: Setup) -> int:
-    """Bytes of a number of what a norm keeps: on a CPU torch composes it of simpler operations, on an fp32 copy of x."""
-    return FLOAT if setup.device == "cpu" else setup.itemsize
-
-
 def norm_kept(setup: Setup, rows: int, width: int) -> int:
-    """A norm's input, and one number a row."""
-    return rows * (width * norm_itemsize(setup) + FLOAT)
+    """A norm's input; torch's own kernel keeps one number a row too."""
+    return rows * (width * setup.itemsize + FLOAT * (setup.device != "cpu"))
 
 
 def norm_working(setup: Setup, rows: int, width: int) -> int:
-    """What the backward pass of a norm needs beside what is kept: five fp32 tensors of its size on a CPU."""
-    return rows * width * (5 * FLOAT if setup.device == "cpu" else 2 * setup.itemsize)
+    """What the backward pass of a norm needs beside what is kept: both gradients, and on a CPU three fp32 tensors of a few rows."""
+    few = min(rows * width, NORM_CHUNK) * 3 * FLOAT if setup.device == "cpu" else 0
+    return 2 * rows * width * setup.itemsize + few
 
 
 def loss_slices(setup: Setup, supervised: int) -> int:

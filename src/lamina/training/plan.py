@@ -217,7 +217,7 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
     a, n = setup.architecture, layer.n
     stream, inner = n * a.width * setup.itemsize, n * a.mlp_width * setup.itemsize
     frozen = _product(setup, n, a.mlp_width, a.width)
-    entry = stream * (not layer.shared)  # its input, where that is not kept as it is
+    entry = stream * (not layer.entering)  # its input, where that is not kept as it is
     upon = stream * (again and layer.leaving)  # computed again, the gradient of its output is there already
     yield "masks", 0, layer.attention + entry + upon, layer.masks
     yield "forward", 0, layer.kept + entry + upon, max(layer.forward, stream + frozen)
