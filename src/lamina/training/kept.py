@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from lamina.model.architecture import Architecture
 from lamina.model.quantised import Base
+from lamina.ops.attention import in_blocks, working_memory
 from lamina.ops.loss import CHUNK, SLICE, WIDE_CHUNK
 from lamina.ops.norm import CHUNK as NORM_CHUNK
 from lamina.training.optimizer import Kind
@@ -98,6 +101,8 @@ class Layer:
         attention, norm, mlp: what its first half keeps, the norm after it, and the rest.
         forward, backward: what the MLP needs beside in either direction, at most.
         masks: what making the masks of examples longer than the window needs.
+        output: what of the first half o_proj keeps, which is gone when attention's backward pass comes.
+        mixing: what that pass needs beside what is kept.
         qk_norms: what is kept when the gradients of the norms of queries and keys are computed, and what they need beside.
         down_trainable, mlp_trainable, trainable: numbers of A and B, in down_proj, in the MLP and in all.
     """
@@ -113,6 +118,10 @@ class Layer:
         self.qk_norms = 0, 0
         window = setup.architecture.windows[index]
         masked = [length for length in portion.lengths if window is not None and length > window]
+        dtype = torch.float32 if self.e == FLOAT else torch.bfloat16
+        blocked = [length for length in portion.lengths if in_blocks(length, window, setup.device, dtype)]
+        self.plainly = self.n - sum(blocked)  # tokens that SDPA attends, backward too
+        self.mixing = self._mixing(max(blocked, default=0)) if self.leaving else 0
         self.attention = self._attention(sum(length * length for length in masked))
         self.masks = max(masked, default=0) ** 2 * (INDEX + 1)  # distances as indices, and a bool of each
         self.norm = norm_kept(setup, self.n, setup.architecture.width) if self.middle else 0
@@ -142,9 +151,16 @@ class Layer:
             self.qk_norms = kept, max(first, then) + n * a.width * e
         if any(needs):
             kept += n * (a.heads + 2 * a.kv_heads) * a.head_width * e  # q and k as they were rotated, v
-            kept += n * a.heads * (a.head_width * e + FLOAT)  # the output of each example, log Σ exp of each row
+            kept += self.plainly * a.heads * (a.head_width * e + FLOAT)  # SDPA's output, log Σ exp of each row
             kept += masked * e
-        return kept + self._read(["self_attn.o_proj"], any(needs))
+        self.output = self._read(["self_attn.o_proj"], any(needs))
+        return kept + self.output
+
+    def _mixing(self, longest: int) -> int:
+        """Gradients of the output of attention and of q, k and v, and what the blocks of the longest example need."""
+        a = self.setup.architecture
+        gradients = self.n * (2 * a.heads + 2 * a.kv_heads) * a.head_width * self.e
+        return gradients + working_memory(longest, a.heads, a.kv_heads, a.head_width, self.e) if longest else 0
 
     def _mlp(self) -> tuple[int, int, int]:
         numbers = self.n * self.setup.architecture.mlp_width

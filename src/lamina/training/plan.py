@@ -226,5 +226,6 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
         yield "MLP backward", FLOAT * layer.down_trainable, layer.kept + upon, max(layer.backward, inner + frozen)
         norm = norm_working(setup, n, a.width) if layer.middle else 0
         yield "norm backward", FLOAT * layer.mlp_trainable, layer.attention + layer.norm + upon, norm
+        yield "attention backward", FLOAT * layer.mlp_trainable, layer.attention - layer.output + upon, layer.mixing
         kept, norm = layer.qk_norms
         yield "query and key norm backward", FLOAT * layer.trainable, kept + upon, norm
