@@ -42,8 +42,8 @@ def _in_chunks(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows.split(max(1, CHUNK // x.shape[-1]))
+    rows: tuple[Tensor, ...] = x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // x.shape[-1]))
+    return rows
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -18,6 +18,7 @@ from lamina.model.quantised import Base
 from lamina.ops.attention import in_blocks, working_memory
 from lamina.ops.loss import CHUNK, SLICE, WIDE_CHUNK
 from lamina.ops.norm import CHUNK as NORM_CHUNK
+from lamina.ops.swiglu import CHUNK as GATE_CHUNK
 from lamina.training.optimizer import Kind
 
 FLOAT, INDEX = 4, 8
@@ -167,8 +168,7 @@ class Layer:
         stream, inner = self.n * self.setup.architecture.width * self.e, numbers * self.e
         gate, up = (self.middle or f"mlp.{name}_proj" in self.ranks for name in ("gate", "up"))
         product, down = gate or up, "mlp.down_proj" in self.ranks
-        # Silu keeps gate; the product keeps silu(gate) for the gradient of up, and up for that of silu(gate).
-        kept = inner * (gate + up + gate) + self._read(["mlp.gate_proj", "mlp.up_proj"], self.middle)
+        kept = inner * 2 * product + self._read(["mlp.gate_proj", "mlp.up_proj"], self.middle)
         kept += self._read(["mlp.down_proj"], product)
         # Forward: both factors and the product, then the product and the output; beside them the residual stream, which the
         # norm keeps where it keeps anything, and the MLP's input.
@@ -176,9 +176,11 @@ class Layer:
         entry = stream * (not (reads and {"mlp.gate_proj", "mlp.up_proj"} & self.ranks.keys()))
         unkept = inner * (not (reads and down))
         dropping = (numbers * FLOAT - inner) * (down and not reads)  # the mask is drawn in integers
-        forward = stream * (not self.middle) + entry + unkept + max(inner * ((not up) + (not gate)), stream, dropping)
-        # Backward: the gradients of the product and of both factors; what down_proj kept is not needed any more.
-        return kept, forward, inner * (product * (not down) + gate + up)
+        forward = stream * (not self.middle) + entry + unkept + max(inner * 2 * (not product), stream, dropping)
+        # Backward: the gradients of the product and of both factors; what down_proj kept is gone,
+        # which with dropout is more than the few rows that are computed again.
+        few = min(numbers, GATE_CHUNK.get(self.setup.device, numbers)) * self.e
+        return kept, forward, inner * (product * (not down) + gate + up) + few * (product and reads)
 
     def _read(self, names: list[str], needs: bool) -> int:
         """What the adapted ones of some linears keep that read the same input: x once, x·Aᵀ, A and B as they are used.

@@ -222,8 +222,9 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
     yield "masks", 0, layer.attention + entry + upon, layer.masks
     yield "forward", 0, layer.kept + entry + upon, max(layer.forward, stream + frozen)
     if layer.leaving:
-        upon = stream + entry * again
+        upon = stream * layer.middle + entry * again  # the gradient that goes past the MLP
         yield "MLP backward", FLOAT * layer.down_trainable, layer.kept + upon, max(layer.backward, inner + frozen)
+        upon = stream + entry * again
         norm = norm_working(setup, n, a.width) if layer.middle else 0
         yield "norm backward", FLOAT * layer.mlp_trainable, layer.attention + layer.norm + upon, norm
         yield "attention backward", FLOAT * layer.mlp_trainable, layer.attention - layer.output + upon, layer.mixing
