@@ -29,8 +29,11 @@ SCOPES = {
     "_CrossEntropySum": "loss",
     "_AdaptedLinear": "adapted linear",
     "_Rotate": "rotary",
+    "_InBlocks": "attention",
+    "_RMSNorm": "norm",
     "NormBackward": "norm",
     "rms_norm": "norm",
+    "_SwiGLU": "swiglu",
     "silu": "swiglu",
     "Optimizer": "optimizer",
     "_fused_adamw": "optimizer",
@@ -113,7 +116,9 @@ def _group(event: torch.autograd.profiler_util.FunctionEvent) -> str:
     while place is not None:
         for part, group in SCOPES.items():
             if part in place.name:
-                return f"GEMM, {'head' if group == 'loss' else 'frozen and LoRA'}" if gemm else group
+                if not gemm or group == "attention":  # whose products are no part of the bound
+                    return group
+                return f"GEMM, {'head' if group == 'loss' else 'frozen and LoRA'}"
         place = place.cpu_parent
     return "GEMM, frozen and LoRA" if gemm else "elementwise and other"
 

@@ -1,5 +1,9 @@
 """Lamina's own training loop, as ``lamina train`` runs it; only the order of the rows is not shuffled."""
 
+from lamina.process import prepare
+
+prepare()  # as the command line does, before torch is loaded
+
 import numpy as np
 import torch
 from common import IGNORED, Job, Record

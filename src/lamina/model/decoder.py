@@ -11,12 +11,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lamina.model.architecture import Architecture, Rope
+from lamina.ops.norm import rms_norm
 from lamina.ops.rotary import rotate
 from lamina.ops.shapes import Float, Int
+from lamina.ops.swiglu import swiglu
 
 
 @runtime_checkable  # so that the tests can check the annotations that name it
@@ -30,7 +31,7 @@ class Attend(Protocol):
 
 
 class Norm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467): x / √(mean x² + ε) · weight, reduced in fp32."""
+    """Root mean square norm: x / √(mean x² + ε) · weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -64,7 +65,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated MLP, SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) · up(x))."""
+    """The gated MLP, SwiGLU: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(a.mlp_width, a.width, bias=a.mlp_bias)
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return out
 
 

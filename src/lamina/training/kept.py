@@ -11,9 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from lamina.model.architecture import Architecture
 from lamina.model.quantised import Base
+from lamina.ops.attention import in_blocks, working_memory
 from lamina.ops.loss import CHUNK, SLICE, WIDE_CHUNK
+from lamina.ops.norm import CHUNK as NORM_CHUNK
+from lamina.ops.swiglu import CHUNK as GATE_CHUNK
 from lamina.training.optimizer import Kind
 
 FLOAT, INDEX = 4, 8
@@ -99,6 +104,8 @@ class Layer:
         attention, norm, mlp: what its first half keeps, the norm after it, and the rest.
         forward, backward: what the MLP needs beside in either direction, at most.
         masks: what making the masks of examples longer than the window needs.
+        output: what of the first half o_proj keeps, which is gone when attention's backward pass comes.
+        mixing: what that pass needs beside what is kept.
         qk_norms: what is kept when the gradients of the norms of queries and keys are computed, and what they need beside.
         down_trainable, mlp_trainable, trainable: numbers of A and B, in down_proj, in the MLP and in all.
     """
@@ -114,6 +121,10 @@ class Layer:
         self.qk_norms = 0, 0
         window = setup.architecture.windows[index]
         masked = [length for length in portion.lengths if window is not None and length > window]
+        dtype = torch.float32 if self.e == FLOAT else torch.bfloat16
+        blocked = [length for length in portion.lengths if in_blocks(length, window, setup.device, dtype)]
+        self.plainly = self.n - sum(blocked)  # tokens that SDPA attends, backward too
+        self.mixing = self._mixing(max(blocked, default=0)) if self.leaving else 0
         self.attention = self._attention(sum(length * length for length in masked))
         self.masks = max(masked, default=0) ** 2 * (INDEX + 1)  # distances as indices, and a bool of each
         self.norm = norm_kept(setup, self.n, setup.architecture.width) if self.middle else 0
@@ -126,11 +137,6 @@ class Layer:
     def kept(self) -> int:
         """All that the layer keeps."""
         return self.attention + self.norm + self.mlp
-
-    @property
-    def shared(self) -> bool:
-        """Whether the layer's input itself is among what the layer keeps, and not only an fp32 copy of it."""
-        return self.entering and norm_itemsize(self.setup) == self.e
 
     def _attention(self, masked: int) -> int:
         a, n, e = self.setup.architecture, self.n, self.e
@@ -148,26 +154,35 @@ class Layer:
             self.qk_norms = kept, max(first, then) + n * a.width * e
         if any(needs):
             kept += n * (a.heads + 2 * a.kv_heads) * a.head_width * e  # q and k as they were rotated, v
-            kept += n * a.heads * (a.head_width * e + FLOAT)  # the output of each example, log Σ exp of each row
+            kept += self.plainly * a.heads * (a.head_width * e + FLOAT)  # SDPA's output, log Σ exp of each row
             kept += masked * e
-        return kept + self._read(["self_attn.o_proj"], any(needs))
+        self.output = self._read(["self_attn.o_proj"], any(needs))
+        return kept + self.output
+
+    def _mixing(self, longest: int) -> int:
+        """Gradients of the output of attention and of q, k and v, and what the blocks of the longest example need."""
+        a = self.setup.architecture
+        gradients = self.n * (2 * a.heads + 2 * a.kv_heads) * a.head_width * self.e
+        return gradients + working_memory(longest, a.heads, a.kv_heads, a.head_width, self.e) if longest else 0
 
     def _mlp(self) -> tuple[int, int, int]:
         numbers = self.n * self.setup.architecture.mlp_width
         stream, inner = self.n * self.setup.architecture.width * self.e, numbers * self.e
         gate, up = (self.middle or f"mlp.{name}_proj" in self.ranks for name in ("gate", "up"))
         product, down = gate or up, "mlp.down_proj" in self.ranks
-        # Silu keeps gate; the product keeps silu(gate) for the gradient of up, and up for that of silu(gate).
-        kept = inner * (gate + up + gate) + self._read(["mlp.gate_proj", "mlp.up_proj"], self.middle)
+        kept = inner * 2 * product + self._read(["mlp.gate_proj", "mlp.up_proj"], self.middle)
         kept += self._read(["mlp.down_proj"], product)
-        # Forward, beside the residual stream and the MLP's input: both factors and the product, then the product and output.
+        # Forward: both factors and the product, then the product and the output; beside them the residual stream, which the
+        # norm keeps where it keeps anything, and the MLP's input.
         reads = not self.setup.dropout  # with dropout, what an adapted linear keeps is not its input
         entry = stream * (not (reads and {"mlp.gate_proj", "mlp.up_proj"} & self.ranks.keys()))
         unkept = inner * (not (reads and down))
         dropping = (numbers * FLOAT - inner) * (down and not reads)  # the mask is drawn in integers
-        forward = stream + entry + unkept + max(inner * ((not up) + (not gate)), stream, dropping)
-        # Backward: the gradients of the product and of both factors; what down_proj kept is not needed any more.
-        return kept, forward, inner * (product * (not down) + gate + up)
+        forward = stream * (not self.middle) + entry + unkept + max(inner * 2 * (not product), stream, dropping)
+        # Backward: the gradients of the product and of both factors; what down_proj kept is gone,
+        # which with dropout is more than the few rows that are computed again.
+        few = min(numbers, GATE_CHUNK.get(self.setup.device, numbers)) * self.e
+        return kept, forward, inner * (product * (not down) + gate + up) + few * (product and reads)
 
     def _read(self, names: list[str], needs: bool) -> int:
         """What the adapted ones of some linears keep that read the same input: x once, x·Aᵀ, A and B as they are used.
@@ -189,19 +204,15 @@ class Layer:
         return self.ranks[name] * sum(self.shapes[name])
 
 
-def norm_itemsize(setup: Setup) -> int:
-    """Bytes of a number of what a norm keeps: on a CPU torch composes it of simpler operations, on an fp32 copy of x."""
-    return FLOAT if setup.device == "cpu" else setup.itemsize
-
-
 def norm_kept(setup: Setup, rows: int, width: int) -> int:
-    """A norm's input, and one number a row."""
-    return rows * (width * norm_itemsize(setup) + FLOAT)
+    """A norm's input; torch's own kernel keeps one number a row too."""
+    return rows * (width * setup.itemsize + FLOAT * (setup.device != "cpu"))
 
 
 def norm_working(setup: Setup, rows: int, width: int) -> int:
-    """What the backward pass of a norm needs beside what is kept: five fp32 tensors of its size on a CPU."""
-    return rows * width * (5 * FLOAT if setup.device == "cpu" else 2 * setup.itemsize)
+    """What the backward pass of a norm needs beside what is kept: both gradients, and on a CPU three fp32 tensors of a few rows."""
+    few = min(rows * width, NORM_CHUNK) * 3 * FLOAT if setup.device == "cpu" else 0
+    return 2 * rows * width * setup.itemsize + few
 
 
 def loss_slices(setup: Setup, supervised: int) -> int:

@@ -222,14 +222,16 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
     a, n = setup.architecture, layer.n
     stream, inner = n * a.width * setup.itemsize, n * a.mlp_width * setup.itemsize
     frozen = _product(setup, n, a.mlp_width, a.width)
-    entry = stream * (not layer.shared)  # its input, where that is not kept as it is
+    entry = stream * (not layer.entering)  # its input, where that is not kept as it is
     upon = stream * (again and layer.leaving)  # computed again, the gradient of its output is there already
     yield "masks", 0, layer.attention + entry + upon, layer.masks
     yield "forward", 0, layer.kept + entry + upon, max(layer.forward, stream + frozen)
     if layer.leaving:
-        upon = stream + entry * again
+        upon = stream * layer.middle + entry * again  # the gradient that goes past the MLP
         yield "MLP backward", FLOAT * layer.down_trainable, layer.kept + upon, max(layer.backward, inner + frozen)
+        upon = stream + entry * again
         norm = norm_working(setup, n, a.width) if layer.middle else 0
         yield "norm backward", FLOAT * layer.mlp_trainable, layer.attention + layer.norm + upon, norm
+        yield "attention backward", FLOAT * layer.mlp_trainable, layer.attention - layer.output + upon, layer.mixing
         kept, norm = layer.qk_norms
         yield "query and key norm backward", FLOAT * layer.trainable, kept + upon, norm

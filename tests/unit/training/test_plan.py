@@ -148,7 +148,7 @@ def test_a_quantised_base_takes_what_the_plan_says(base: Base, double: bool, dty
     moments = plan(setup, portion_of(batch)).moments
     expected = max(made(moment, False) - _buffer(setup, sum(LENGTHS)) for moment in moments) - 24 * sum(LENGTHS)
     # The emulation of FP8 is for tests: its operands in fp32 are freed in an order that the plan does not follow.
-    assert expected == pytest.approx(peak, rel=0.04 if base == "fp8" else 0.01, abs=100e3)
+    assert expected == pytest.approx(peak, rel=0.08 if base == "fp8" else 0.01, abs=100e3)
     (buffer,) = {id(m.form.scratch): m.form.scratch._buffer.nbytes for m in quantised_of(model)}.values()
     if base != "fp8":  # which transposes bytes in it and is otherwise free of it
         assert buffer == _buffer(setup, sum(LENGTHS))
