@@ -5,44 +5,30 @@ import io
 import json
 import re
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from conftest import shared_data
-from patients import REFERENCE, golden, hollow, reference, write_rows
+from patients import REFERENCE, built_in, golden, hollow, reference, write_rows
 from tiny import write_tiny
 from tokens import pieces
 
 from lamina import cli
+from lamina.data.faults import Faults
 from lamina.doctor.checkup import check
 from lamina.doctor.finding import Finding
 from lamina.doctor.salvage import salvaged
 from lamina.job import Job
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FAULTS = ("masked-end", "double-start", "by-length", "no-template", "half-precision", "unused-checkpointing")
-FAULTS += ("other-merge-base", "unknown-task")
 # The fifteen silent faults of the reference jobs, in their order, and the rule that finds each.
 FIFTEEN = {
     1: "masked-end", 2: "double-start", 3: "targets-miss-mlp", 4: "learning-rate", 5: "alpha", 6: "truncation",
     7: "unused-checkpointing", 8: "schedule-and-warmup", 9: "half-precision", 10: "loss-on-prompts", 11: "nothing-held-out",
     12: "by-length", 13: "other-merge-base", 14: "no-template", 15: "unknown-task",
 }  # fmt: skip
-
-
-class Faults(NamedTuple):
-    """A section that names faults of other trainers."""
-
-    commit: tuple[str, ...] = FAULTS
-
-
-@dataclass(frozen=True)
-class Faulty(Job):
-    """A job that names them all."""
-
-    faults: Any = field(default_factory=Faults)
 
 
 def findings(job: Job) -> dict[str, Finding]:
@@ -65,19 +51,20 @@ def test_a_clean_job_gets_a_clean_bill(capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(capsys.readouterr().out)["findings"] == []
 
 
-def job_c(place: Path, **train: Any) -> Job:
-    """Column C of the reference jobs: A's settings and data, another learning rate."""
-    a = reference("miniguanaco-faithful", place)
-    return Faulty(**{**vars(a), "train": replace(a.train, learning_rate=1e-5, **train)})
-
-
 @pytest.mark.slow
-def test_all_faults_of_job_c_are_found(tmp_path: Path) -> None:
-    found = findings(job_c(tmp_path))
+def test_all_faults_of_job_c_are_found_each_once(tmp_path: Path) -> None:
+    job = reference("origin-faithful", tmp_path)
+    told = check(job).diagnosis.findings
+    found = {finding.rule: finding for finding in told}
+    assert len(found) == len(told)
     assert set(FIFTEEN.values()) - set(found) == {
         "schedule-and-warmup"
     }  # its schedule is a cosine, which heeds the warm-up
     assert "update-too-small" in found
+    assert not {"end-token", "start-in-text"} & set(found)  # they would say again what the faults themselves say
+    assert found["masked-end"].found.startswith("end token trained in 0 of 1,362 answers: ")
+    assert found["double-start"].found.startswith("1,000 of 1,000 rows hold a second start token: ")
+    assert len(found["double-start"].rows) == 1000
     assert {rule for rule, finding in found.items() if finding.grade == "error"} == {
         "masked-end", "double-start", "learning-rate"
     }  # fmt: skip
@@ -86,11 +73,44 @@ def test_all_faults_of_job_c_are_found(tmp_path: Path) -> None:
         "as alpha is 16, not 32, 57 times under the rate that would fit"
     )
     assert found["update-too-small"].found.startswith(
-        "these 250 steps at this rate can change a weight by about 1.5e-03"
+        "these 250 steps at this rate can change a weight by at most about 1.5e-03"
     )
-    constant = findings(job_c(tmp_path, schedule="constant"))
+    constant = findings(replace(job, train=replace(job.train, schedule="constant")))
     assert constant["schedule-and-warmup"].grade == "note"
     assert "transformers' `constant` ignores the warm-up" in constant["schedule-and-warmup"].why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["miniguanaco", "kdnuggets"])
+def test_all_faults_of_jobs_a_and_b_are_found_each_once(name: str, tmp_path: Path) -> None:
+    job = reference(f"{name}-faithful", tmp_path)
+    told = [finding.rule for finding in check(job).diagnosis.findings]
+    assert len(told) == len(set(told))
+    settings = {"targets-miss-mlp", "alpha", "loss-on-prompts", "nothing-held-out"}
+    assert set(told) >= {*job.faults.commit, *settings} and job.faults.commit[0] == "masked-end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["miniguanaco", "kdnuggets", "origin"])
+def test_the_mended_jobs_have_no_fault(name: str, tmp_path: Path) -> None:
+    """What is left is of the data: a blank answer, and a row that is a book."""
+    found = findings(reference(name, tmp_path))
+    assert {rule for rule, finding in found.items() if finding.grade != "note"} <= {"empty-answers"}
+
+
+def test_a_broken_row_is_told_once_though_faults_read_the_rows_again(base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [*({"question": f"{n}?", "answer": "a"} for n in range(60)), "{"])
+    faults = Faults(commit=("masked-end", "no-template"))
+    job = replace(built_in("demo", model={"model": str(base)}, data={"data": data, "eval_data": None}), faults=faults)
+    found = findings(job)
+    assert found["broken-rows"].rows == (61,) and found["broken-rows"].found.startswith("1 of the rows")
+
+
+def test_what_a_mend_says_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told_by(capsys, "demo", "--commit", "masked-end", "--rank", "0")["masked-end"]["mend"].endswith(
+        "--commit '' commits none"
+    )
+    assert cli.main(["check", "demo", "--commit", ""]) == 0
 
 
 @pytest.mark.slow

@@ -38,7 +38,9 @@ def truncation(case: Case) -> Iterator[Finding]:
         "warning" if severe else "note",
         f"{report.long_rows:,} of {report.rows:,} rows are longer than {report.max_length:,} tokens ({chosen}) and {gone}: "
         f"{report.lost_tokens:,} tokens lost ({report.lost_tokens / report.tokens:.1%}), {answers}",
-        "an answer without its end teaches to stop nowhere; one that is cut away teaches nothing",
+        "an answer without its end teaches to stop nowhere; one that is cut away teaches nothing"
+        if severe
+        else "these tokens are never read; no answer is among them",
         " or ".join(filter(None, (longer, "" if report.long == "split" else "--long split"))) or "shorten these rows",
         case.lengths.rows_where(case.lengths.tokens > report.max_length),
     )
@@ -106,13 +108,15 @@ def long_rows(case: Case) -> Iterator[Finding]:
     median = int(np.median(tokens))
     wild = (tokens > WILD * median) & (tokens > WILD_TOKENS)
     if wild.any():
+        whole = bool((np.minimum(tokens, case.report.max_length) > WILD * median).any())  # even after the cut
         yield Finding(
             "wildly-long-rows",
-            "warning",
+            "warning" if whole else "note",
             f"{counted(int(wild.sum()), 'row')} more than {WILD} times as long as the median of {median:,} tokens; "
             f"the longest has {int(tokens.max()):,}",
-            "memory is planned for the longest row; such rows are often several examples, or a file, in one cell",
-            "look at these rows; split or remove them, or lower --max-length",
+            ("memory is planned for the longest row; " if whole else "")
+            + "such rows are often several examples, or a file, in one cell",
+            "look at these rows; split or remove them" + (", or lower --max-length" if whole else ""),
             case.lengths.rows_where(wild),
         )
 

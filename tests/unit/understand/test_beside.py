@@ -43,7 +43,9 @@ def test_loss_and_distance_are_the_definitions() -> None:
         # fp32 logits of about 1 with 96 entries: an error of some 2^-24 a term, in sums of at most 24 tokens.
         assert measured.loss == pytest.approx(float(-q.gather(1, targets[:, None]).sum()), abs=1e-4)
         assert measured.kl == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-4)
-    assert found.measures["loss"] == pytest.approx(evaluate(model, rows, 40).loss, rel=1e-12)  # sums in float64, in another order
+    assert found.measures["loss"] == pytest.approx(
+        evaluate(model, rows, 40).loss, rel=1e-12
+    )  # sums in float64, in another order
     assert found.measures["kl"] is not None and found.measures["kl"] > 0
 
 
