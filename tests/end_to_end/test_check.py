@@ -217,6 +217,25 @@ def test_templates_that_are_not_there(base: Path, tmp_path: Path, capsys: pytest
     assert told["template"]["mend"] == "did you mean llama2?" and "template-by-default" in told
 
 
+@pytest.mark.parametrize("template", ["hello", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{% for %}"])
+def test_a_template_that_fails_in_every_row_is_one_finding(
+    template: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bad.jinja"
+    file.write_text(template, encoding="utf-8")
+    named = ("--model", str(base), "--data", clean(tmp_path, 50), "--template", str(file))
+    (found,) = (f for f in check_json(capsys, *named) if f["grade"] == "error")
+    assert found["rule"] == "template-refuses-rows" and len(found["rows"]) == 50
+    assert found["found"].startswith("50 of the rows") and "--template" not in found["found"]
+
+
+def test_reading_that_ends_early_does_not_claim_a_number(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", ["{"] * 2000)
+    assert told_by(capsys, "--model", str(base), "--data", data)["broken-rows"]["found"].startswith("at least 1,000 of")
+
+
 def test_settings_that_are_wrong_do_not_hide_the_rest(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

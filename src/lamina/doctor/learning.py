@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lamina.adapter import ALL_LINEAR
 from lamina.doctor.case import Case
-from lamina.doctor.finding import Finding
+from lamina.doctor.finding import Finding, counted
 from lamina.training.kept import shapes
 from lamina.training.optimizer import Shape, relative_update, rule_of_thumb
 
@@ -171,7 +171,7 @@ def steps(case: Case) -> Iterator[Finding]:
         yield Finding(
             "few-steps",
             "warning",
-            f"{case.steps:,} steps of {train.batch_size} examples over {rows:,} rows",
+            f"{counted(case.steps, 'step')} of {counted(train.batch_size, 'example')} over {counted(rows, 'row')}",
             "AdamW and the schedule need some dozens of steps; so few teach little but the form of the answers",
             " or ".join(
                 ([f"--batch-size {smaller}"] if smaller < train.batch_size else [])
@@ -186,7 +186,7 @@ def steps(case: Case) -> Iterator[Finding]:
         yield Finding(
             "many-epochs",
             "warning",
-            f"{epochs:.3g} passes over {rows:,} rows",
+            f"{epochs:,.3g} passes over {counted(rows, 'row')}",
             "from the third or so on the rows are memorised, and the held-out loss rises",
             f"--{'steps ' + str(max(FEW_STEPS, round(3 * rows / train.batch_size))) if train.steps else 'epochs 3'}, or --patience 2, "
             "which stops when the held-out loss no longer falls",
