@@ -1,8 +1,10 @@
 """`lamina check`: the reference jobs, real data, what is wrong on the command line, and what is printed."""
 
 import argparse
+import errno
 import io
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -274,6 +276,26 @@ def test_too_little_of_a_job(text: str, tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_file_that_a_built_in_job_wants_written(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = told_by(capsys, "kdnuggets", "--model", str(base))
     assert told["data"]["mend"] == "`lamina jobs kdnuggets` prints the script that writes it"
+
+
+@pytest.mark.parametrize("file", ["job.toml", "check.json"])
+def test_a_disk_that_is_full_before_the_first_step_leaves_no_folder(
+    file: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the next try with the same --out is refused, and there is nothing to resume."""
+    replaced = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    out = tmp_path / "run"
+    named = ("--model", str(base), "--data", clean(tmp_path, 50), "--device", "cpu", "--out", str(out))
+    assert cli.main(["train", *named]) == 2
+    assert capsys.readouterr().err == f"lamina: {out / file}: No space left on device; free some space\n"
+    assert not out.exists()
 
 
 def test_untrusted_text_is_harmless(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
