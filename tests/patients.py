@@ -27,7 +27,9 @@ SEVEN_B: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "torch_dtype": "float16",
 }
-REFERENCE = ("demo", "guanaco-7b", "kdnuggets", "miniguanaco", "miniguanaco-faithful")
+REFERENCE = (
+    "demo", "guanaco-7b", "kdnuggets", "kdnuggets-faithful", "miniguanaco", "miniguanaco-faithful", "origin", "origin-faithful",
+)  # fmt: skip
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -64,10 +66,9 @@ def reference(name: str, place: Path) -> Job:
     """A reference job as it is, on a base of the true shape, with its data or rows of their form."""
     if name == "demo":
         return built_in(name)
-    base = hollow(
-        place / "base", chat=name.startswith("mini"), max_position_embeddings=2048 if name == "guanaco-7b" else 4096
-    )
-    if name.startswith("mini"):
+    chat = name.startswith(("miniguanaco", "origin"))
+    base = hollow(place / "base", chat=chat, max_position_embeddings=2048 if name == "guanaco-7b" else 4096)
+    if chat:
         data = str(shared_data("guanaco-llama2-1k"))
     elif name == "guanaco-7b":
         made = [

@@ -86,9 +86,14 @@ class Scores:
 
     def per_row(self) -> NDArray[np.float64]:
         """Each row's sum of losses, number of hits and number of tokens, [R, 3]."""
+        return np.stack(
+            [self.sums(column) for column in (self.losses, self.correct, np.ones(len(self.losses)))], axis=1
+        )
+
+    def sums(self, column: NDArray[Any]) -> NDArray[np.float64]:
+        """Each row's sum of what there is of every token, [R]."""
         starts = np.concatenate([[0], self.ends[:-1]])
-        columns = np.stack([self.losses, self.correct, np.ones(len(self.losses))], axis=1, dtype=np.float64)
-        return np.add.reduceat(columns, starts, axis=0)
+        return np.add.reduceat(column, starts, dtype=np.float64)
 
     def of_row(self, place: int) -> NDArray[np.float32]:
         """The losses of the row at a place, from 0."""
@@ -213,6 +218,11 @@ class Answers:
     """Answers to held-out prompts, at least one."""
 
     rows: tuple[Answer, ...]
+
+    def per_row(self) -> NDArray[np.float64]:
+        """What each answer has: whether it stopped, whether it is the data's, its tokens, and 1; [R, 4]."""
+        columns = [(row.stopped, row.exact, row.tokens, 1) for row in self.rows]
+        return np.array(columns, dtype=np.float64).reshape(-1, 4)
 
     @property
     def stop_rate(self) -> float:

@@ -9,6 +9,7 @@ could say that it is the one whose faults are shown.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,9 @@ from lamina.report.record import read_metrics, write_json, write_text
 from lamina.report.replay import Entry, as_json, page
 from lamina.run import Show, Silent, fine_tune, resume
 from lamina.training.available import available
+from lamina.training.resume import locked
 from lamina.understand.beside import Outcome, outcome
-from lamina.variants import Variant, own_rows, variants
+from lamina.variants import LETTERS, Variant, own_rows, variants
 
 VERSION = 1
 ROWS = 256
@@ -69,12 +71,12 @@ def replay(letter: str, mended: Job, faithful: Job, show: Show | None = None) ->
     folder = new_folder(mended.head)
     try:
         mended, faithful = own_rows(mended, faithful, folder)
-    except Error:
-        _remove(folder)
+        for name, job in (("mended", mended), ("faithful", faithful)):
+            write_text(folder / f"{name}.toml", jobfile.dump(job.sections()))
+        write_json(folder / "replay.json", {"version": VERSION, "letter": letter, "entries": []})
+    except (Error, OSError, KeyboardInterrupt):
+        shutil.rmtree(folder)  # nothing has begun in it
         raise
-    for name, job in (("mended", mended), ("faithful", faithful)):
-        write_text(folder / f"{name}.toml", jobfile.dump(job.sections()))
-    write_json(folder / "replay.json", {"version": VERSION, "letter": letter, "entries": []})
     return resume_replay(folder, show)
 
 
@@ -82,16 +84,19 @@ def resume_replay(folder: Path, show: Show | None = None) -> Replayed:
     """Goes on with a replay: finished variants are left as they are, the one that was interrupted goes on where it stood.
 
     Raises:
-        CheckpointError: there is no replay, or one of a newer version.
+        CheckpointError: there is no replay, a damaged one, one of a newer version, or one that another process goes on with.
     """
-    record = _read(folder)
-    mended, faithful = (Job.of(jobfile.load(str(folder / f"{name}.toml"), SECTIONS)) for name in ("mended", "faithful"))
-    under_way = _Replay(folder, mended, record["letter"], show or Silent())
-    under_way.entries = [Entry.of_json(entry) for entry in record["entries"]]
-    try:
-        under_way.go(list(variants(record["letter"], mended, faithful)))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; go on with: lamina replay --resume {folder}") from None
+    _read(folder)  # that it is one, before anything is written into it
+    with locked(folder):
+        letter, entries = _read(folder)
+        jobs = (jobfile.load(str(folder / f"{name}.toml"), SECTIONS) for name in ("mended", "faithful"))
+        mended, faithful = map(Job.of, jobs)
+        try:
+            under_way = _Replay(folder, mended, letter, show or Silent())
+            under_way.entries = entries
+            under_way.go(list(variants(letter, mended, faithful)))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; go on with: lamina replay --resume {folder}") from None
     return Replayed(folder, tuple(under_way.entries))
 
 
@@ -163,6 +168,8 @@ class _Replay:
         if (folder / "job.toml").is_file():
             resume(folder, show=_Steps(self.show), loaded=model)
         else:
+            if folder.exists():  # a process that was killed has made no more of it than the folder
+                shutil.rmtree(folder)
             job = replace(
                 variant.job,
                 head=replace(variant.job.head, name=variant.name, out=str(folder)),
@@ -253,23 +260,20 @@ def _survival(model: Decoder) -> dict[str, float]:
     }
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> tuple[str, list[Entry]]:
+    """The letter of a replay, and its rows so far."""
     path = folder / "replay.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if record["version"] > VERSION:
+            raise CheckpointError(
+                f"{path}: written by a newer version of Lamina (layout {record['version']}, this one reads {VERSION})"
+            )
+        LETTERS[record["letter"]]  # one that is known
+        return record["letter"], [Entry.of_json(entry) for entry in record["entries"]]
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: found no replay.json, expected the folder of a replay") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); start a new replay") from None
-    if record["version"] > VERSION:
-        raise CheckpointError(
-            f"{path}: written by a newer version of Lamina (layout {record['version']}, this one reads {VERSION})"
-        )
-    return record
-
-
-def _remove(folder: Path) -> None:
-    """Takes away a folder in which nothing has begun."""
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}), expected the record of a replay; start a new one") from None

@@ -66,7 +66,7 @@ def fine_tune(job: Job, show: Show | None = None, loaded: Decoder | None = None)
         try:
             write_text(folder / "job.toml", jobfile.dump(job.sections()))
             return _go(job, folder, show or Silent(), resuming=False, loaded=loaded)
-        except (Error, KeyboardInterrupt) as error:
+        except (Error, OSError, KeyboardInterrupt) as error:
             if (folder / "state").exists():
                 raise _with_the_way_on(error, folder) from None
             _clear(folder)  # refused before it began: there is nothing to keep

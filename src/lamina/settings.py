@@ -262,9 +262,8 @@ def _parse(setting: Setting, text: str | bool) -> Any:
     if dict in kinds:
         value = dict(re.findall(entry, text)) if re.fullmatch(f"({entry})+", text) else text
     elif tuple in kinds and (str not in kinds or "," in text):
-        value = tuple(
-            part.strip() for part in re.split(r",(?![^(\[{]*[)\]}])", text)
-        )  # not within a pattern's brackets
+        parts = re.split(r",(?![^(\[{]*[)\]}])", text) if text else []  # not within a pattern's brackets
+        value = tuple(part.strip() for part in parts)
     return TypeAdapter(setting.field.rebuild_annotation()).validate_python(value, strict=False)
 
 

@@ -1,48 +1,36 @@
 """`lamina check`: the reference jobs, real data, what is wrong on the command line, and what is printed."""
 
 import argparse
+import errno
 import io
 import json
+import os
 import re
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from conftest import shared_data
-from patients import REFERENCE, golden, hollow, reference, write_rows
+from patients import REFERENCE, built_in, golden, hollow, reference, write_rows
 from tiny import write_tiny
 from tokens import pieces
 
 from lamina import cli
+from lamina.data.faults import Faults
 from lamina.doctor.checkup import check
 from lamina.doctor.finding import Finding
 from lamina.doctor.salvage import salvaged
 from lamina.job import Job
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FAULTS = ("masked-end", "double-start", "by-length", "no-template", "half-precision", "unused-checkpointing")
-FAULTS += ("other-merge-base", "unknown-task")
 # The fifteen silent faults of the reference jobs, in their order, and the rule that finds each.
 FIFTEEN = {
     1: "masked-end", 2: "double-start", 3: "targets-miss-mlp", 4: "learning-rate", 5: "alpha", 6: "truncation",
     7: "unused-checkpointing", 8: "schedule-and-warmup", 9: "half-precision", 10: "loss-on-prompts", 11: "nothing-held-out",
     12: "by-length", 13: "other-merge-base", 14: "no-template", 15: "unknown-task",
 }  # fmt: skip
-
-
-class Faults(NamedTuple):
-    """A section that names faults of other trainers."""
-
-    commit: tuple[str, ...] = FAULTS
-
-
-@dataclass(frozen=True)
-class Faulty(Job):
-    """A job that names them all."""
-
-    faults: Any = field(default_factory=Faults)
 
 
 def findings(job: Job) -> dict[str, Finding]:
@@ -65,19 +53,20 @@ def test_a_clean_job_gets_a_clean_bill(capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(capsys.readouterr().out)["findings"] == []
 
 
-def job_c(place: Path, **train: Any) -> Job:
-    """Column C of the reference jobs: A's settings and data, another learning rate."""
-    a = reference("miniguanaco-faithful", place)
-    return Faulty(**{**vars(a), "train": replace(a.train, learning_rate=1e-5, **train)})
-
-
 @pytest.mark.slow
-def test_all_faults_of_job_c_are_found(tmp_path: Path) -> None:
-    found = findings(job_c(tmp_path))
+def test_all_faults_of_job_c_are_found_each_once(tmp_path: Path) -> None:
+    job = reference("origin-faithful", tmp_path)
+    told = check(job).diagnosis.findings
+    found = {finding.rule: finding for finding in told}
+    assert len(found) == len(told)
     assert set(FIFTEEN.values()) - set(found) == {
         "schedule-and-warmup"
     }  # its schedule is a cosine, which heeds the warm-up
     assert "update-too-small" in found
+    assert not {"end-token", "start-in-text"} & set(found)  # they would say again what the faults themselves say
+    assert found["masked-end"].found.startswith("end token trained in 0 of 1,362 answers: ")
+    assert found["double-start"].found.startswith("1,000 of 1,000 rows hold a second start token: ")
+    assert len(found["double-start"].rows) == 1000
     assert {rule for rule, finding in found.items() if finding.grade == "error"} == {
         "masked-end", "double-start", "learning-rate"
     }  # fmt: skip
@@ -86,11 +75,44 @@ def test_all_faults_of_job_c_are_found(tmp_path: Path) -> None:
         "as alpha is 16, not 32, 57 times under the rate that would fit"
     )
     assert found["update-too-small"].found.startswith(
-        "these 250 steps at this rate can change a weight by about 1.5e-03"
+        "these 250 steps at this rate can change a weight by at most about 1.5e-03"
     )
-    constant = findings(job_c(tmp_path, schedule="constant"))
+    constant = findings(replace(job, train=replace(job.train, schedule="constant")))
     assert constant["schedule-and-warmup"].grade == "note"
     assert "transformers' `constant` ignores the warm-up" in constant["schedule-and-warmup"].why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["miniguanaco", "kdnuggets"])
+def test_all_faults_of_jobs_a_and_b_are_found_each_once(name: str, tmp_path: Path) -> None:
+    job = reference(f"{name}-faithful", tmp_path)
+    told = [finding.rule for finding in check(job).diagnosis.findings]
+    assert len(told) == len(set(told))
+    settings = {"targets-miss-mlp", "alpha", "loss-on-prompts", "nothing-held-out"}
+    assert set(told) >= {*job.faults.commit, *settings} and job.faults.commit[0] == "masked-end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["miniguanaco", "kdnuggets", "origin"])
+def test_the_mended_jobs_have_no_fault(name: str, tmp_path: Path) -> None:
+    """What is left is of the data: a blank answer, and a row that is a book."""
+    found = findings(reference(name, tmp_path))
+    assert {rule for rule, finding in found.items() if finding.grade != "note"} <= {"empty-answers"}
+
+
+def test_a_broken_row_is_told_once_though_faults_read_the_rows_again(base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [*({"question": f"{n}?", "answer": "a"} for n in range(60)), "{"])
+    faults = Faults(commit=("masked-end", "no-template"))
+    job = replace(built_in("demo", model={"model": str(base)}, data={"data": data, "eval_data": None}), faults=faults)
+    found = findings(job)
+    assert found["broken-rows"].rows == (61,) and found["broken-rows"].found.startswith("1 of the rows")
+
+
+def test_what_a_mend_says_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told_by(capsys, "demo", "--commit", "masked-end", "--rank", "0")["masked-end"]["mend"].endswith(
+        "--commit '' commits none"
+    )
+    assert cli.main(["check", "demo", "--commit", ""]) == 0
 
 
 @pytest.mark.slow
@@ -197,6 +219,25 @@ def test_templates_that_are_not_there(base: Path, tmp_path: Path, capsys: pytest
     assert told["template"]["mend"] == "did you mean llama2?" and "template-by-default" in told
 
 
+@pytest.mark.parametrize("template", ["hello", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{% for %}"])
+def test_a_template_that_fails_in_every_row_is_one_finding(
+    template: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bad.jinja"
+    file.write_text(template, encoding="utf-8")
+    named = ("--model", str(base), "--data", clean(tmp_path, 50), "--template", str(file))
+    (found,) = (f for f in check_json(capsys, *named) if f["grade"] == "error")
+    assert found["rule"] == "template-refuses-rows" and len(found["rows"]) == 50
+    assert found["found"].startswith("50 of the rows") and "--template" not in found["found"]
+
+
+def test_reading_that_ends_early_does_not_claim_a_number(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", ["{"] * 2000)
+    assert told_by(capsys, "--model", str(base), "--data", data)["broken-rows"]["found"].startswith("at least 1,000 of")
+
+
 def test_settings_that_are_wrong_do_not_hide_the_rest(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +276,26 @@ def test_too_little_of_a_job(text: str, tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_file_that_a_built_in_job_wants_written(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = told_by(capsys, "kdnuggets", "--model", str(base))
     assert told["data"]["mend"] == "`lamina jobs kdnuggets` prints the script that writes it"
+
+
+@pytest.mark.parametrize("file", ["job.toml", "check.json"])
+def test_a_disk_that_is_full_before_the_first_step_leaves_no_folder(
+    file: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the next try with the same --out is refused, and there is nothing to resume."""
+    replaced = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    out = tmp_path / "run"
+    named = ("--model", str(base), "--data", clean(tmp_path, 50), "--device", "cpu", "--out", str(out))
+    assert cli.main(["train", *named]) == 2
+    assert capsys.readouterr().err == f"lamina: {out / file}: No space left on device; free some space\n"
+    assert not out.exists()
 
 
 def test_untrusted_text_is_harmless(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

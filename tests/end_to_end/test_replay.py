@@ -1,5 +1,6 @@
 """`lamina replay` on a tiny model: every variant a run of its own, one base and the same rows for all, and it goes on after a kill."""
 
+import errno
 import json
 import os
 import signal
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 from tiny import write_tiny
 from tokens import pieces
 
-from lamina import cli
+from lamina import cli, replaying
 from lamina.data.examples import read_examples
 from lamina.job import read_job
+from lamina.training.resume import locked
 
 STEPS = ["--steps", "4", "--batch-size", "2", "--rank", "4", "--eval-fraction", "0.25", "--eval-max-new-tokens", "4"]
 TRAINED = [
@@ -186,3 +188,30 @@ def test_a_damaged_record_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "replay.json").write_text('{"version": 99}', encoding="utf-8")
     assert cli.main(["replay", "--resume", str(tmp_path)]) == 2
     assert "written by a newer version of Lamina (layout 99, this one reads 1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"version": 1}', '{"version": 1, "letter": "Z", "entries": []}'])
+def test_a_record_that_is_none_is_told(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "replay.json").write_text(text, encoding="utf-8")
+    assert cli.main(["replay", "--resume", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "replay.json: damaged (" in said and said.count("\n") == 1
+
+
+def test_two_processes_do_not_go_on_with_one_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "replay.json").write_text('{"version": 1, "letter": "A", "entries": []}', encoding="utf-8")
+    with locked(tmp_path):
+        assert cli.main(["replay", "--resume", str(tmp_path)]) == 2
+    assert "another process is training in this folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_replay_that_never_began_leaves_nothing(
+    end: BaseException, named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: Any) -> None:
+        raise end
+
+    monkeypatch.setattr(replaying, "own_rows", ended)  # rows are being written
+    assert cli.main(["replay", "C", *flags(named), "--out", str(tmp_path / "none")]) in (2, 130)
+    assert not (tmp_path / "none").exists()

@@ -88,9 +88,10 @@ def prepare(
     limit = _longest(settings.max_length, max_position)
     chat = chat_format(tokenizer, settings.template)
     faults = faults or Faults()
-    read = partial(_read, _Source(settings, chat, limit, vocabulary, progress, problems or Problems()))
+    read = partial(_read, _Source(settings, chat, limit, vocabulary, progress), problems=problems or Problems())
     data = read(settings.data, settings.split)
-    taught = read(settings.data, settings.split, commit=faults.of_training) if faults.of_training else data
+    again = partial(read, problems=Problems(kept=True))  # what is wrong with these rows is noted already
+    taught = again(settings.data, settings.split, commit=faults.of_training) if faults.of_training else data
     if not len(taught.store):
         raise DataError(
             f"{settings.data}: nothing to train on: none of {data.count['rows']:,} rows holds a token to learn within "
@@ -118,10 +119,10 @@ def prepare(
     if faults.of_training:
         train = taught.store.part(np.isin(taught.store.rows, train.rows))
     if faults.of_asking and len(held_out):
-        asked = read(*source, commit=faults.of_asking).store
+        asked = again(*source, commit=faults.of_asking).store
         held_out = asked.part(np.isin(asked.rows, held_out.rows))
     report |= {"train_rows": len(train), "held_out_rows": len(held_out), "held_out_copies": int(copies.sum())}
-    return Prepared(train, held_out, DataReport(**report), data.lengths)
+    return Prepared(train, held_out, DataReport(**report), taught.lengths)
 
 
 def _longest(wanted: int | None, context: int | None) -> int:
@@ -145,12 +146,11 @@ class _Source:
     limit: int
     vocabulary: int | None
     progress: Progress | None
-    problems: Problems
 
 
-def _read(of: _Source, source: str, split: str, commit: Collection[Fault] = ()) -> _Read:
+def _read(of: _Source, source: str, split: str, problems: Problems, commit: Collection[Fault] = ()) -> _Read:
     """Reads one data set to its end; ``commit`` are faults committed on its rows."""
-    settings, chat, limit, problems = of.settings, of.chat, of.limit, of.problems
+    settings, chat, limit = of.settings, of.chat, of.limit
     count, forms, ignored = Counter[str](), Counter[str](), Counter[str]()
     keys, pieces, nothing, lengths = array("Q"), array("Q"), array("q"), LengthsWriter()
     concerned: dict[str, list[int]] = {"bos_held": [], "blank_answers": [], "specials_inside": []}

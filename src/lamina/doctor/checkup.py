@@ -6,7 +6,7 @@ up to the weights, and goes on after everything that a run would end at.
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lamina.adapter import LoRA
 from lamina.data.examples import examples_in
 from lamina.data.lengths import Cut, Lengths
 from lamina.data.prepare import Prepared
-from lamina.data.problems import Problems
+from lamina.data.problems import ENOUGH, Problems
 from lamina.data.templates import chat_format
 from lamina.doctor import rules
 from lamina.doctor.case import Case, count
@@ -31,6 +31,11 @@ from lamina.training.plan import ranks_of
 
 LIMITS = (512, 1024, 2048, 4096)
 """Lengths at which the table says what would be lost, beside the chosen one."""
+
+ALIKE = 3
+"""Problems that differ only in a value, so many of which are told one by one."""
+VALUE = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+""")
+_ADVICE = "; choose another with --template"
 
 
 def diagnose(job: Job, base: Path, tokenizer: Any, data: Prepared, planned: Planned) -> Diagnosis:
@@ -194,16 +199,30 @@ class _Examination:
 
 def _refused_rows(problems: Problems, data: str) -> Iterator[Finding]:
     """One finding for each kind of problem that single rows have."""
-    for problem, places in problems.places.items():
+    stopped = "at least " if sum(map(len, problems.places.values())) >= ENOUGH else ""
+    for problem, places in _kinds(problems.places):
         numbers = (re.search(r"\d+$", place) for place in places)
-        template = problem.startswith("the template ")
+        template = problem.startswith(("the template ", "template "))
         yield Finding(
             "template-refuses-rows" if template else "broken-rows",
             "error",
-            f"{len(places):,} of the rows of {data}: {problem}",
+            f"{stopped}{len(places):,} of the rows of {data}: {problem}",
             "the run would be refused: a row that is left out in silence is one that nobody misses",
             "choose another --template, or mend the rows"
             if template
             else problems.hints or "mend or remove these rows",
             tuple(int(number[0]) for number in numbers if number),
         )
+
+
+def _kinds(places: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Each problem and where it is; many that differ only in a value (the text of the row) are one."""
+    alike: dict[str, list[str]] = {}
+    for problem in places:
+        alike.setdefault(VALUE.sub("…", problem), []).append(problem)
+    for some in alike.values():
+        if len(some) <= ALIKE:
+            yield from ((problem.removesuffix(_ADVICE), places[problem]) for problem in some)
+        else:
+            first = f"{some[0].removesuffix(_ADVICE)} (and {len(some) - 1:,} others like it)"
+            yield first, [place for problem in some for place in places[problem]]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lamina.doctor.case import Case
-from lamina.doctor.finding import Finding, Grade
+from lamina.doctor.finding import Finding, Grade, counted
 
 
 class _Fault(NamedTuple):
@@ -14,31 +14,31 @@ class _Fault(NamedTuple):
     mend: str
 
 
-_LEAVE = "leave {!r} out of faults.commit"
+_LEAVE = "leave {!r} out of commit under [faults]; --commit '' commits none"
 _ELSEWHERE = "Lamina cannot commit it; in the trainer that the job was taken from, "
 _FAULTS = {
     "masked-end": _Fault(
         "error",
-        "end tokens have no loss: the padding token is the end token, and a language-model collator masks both",
-        "the model never learns to stop; it writes until the limit",
+        "the padding token is the end token, and a language-model collator masks both",
+        "the model learns to stop only from end tokens with a loss; without them it writes until the limit",
         _LEAVE,
     ),
     "double-start": _Fault(
         "error",
-        "a second start token: the text holds <s>, and the tokenizer adds another",
+        "the text holds the start token, and the tokenizer adds another",
         "the base has never seen two; it answers worse, and the prompts in use have one",
         _LEAVE,
     ),
     "by-length": _Fault(
         "warning",
         "batches are ordered by length",
-        "the loss of a step reflects the length of its rows: it jumps by a factor of 1.5 and says nothing of the learning",
+        "the loss of a step reflects the length of its rows, which hides what was learnt",
         _LEAVE,
     ),
     "no-template": _Fault(
         "warning",
-        "evaluation prompts are asked without the chat template",
-        "the model is asked in another form than it was taught; what it answers is the base's",
+        "held-out prompts are asked without the chat template",
+        "the model is asked in another form than it was taught, and answers worse than it could",
         _LEAVE,
     ),
     "half-precision": _Fault(
@@ -69,10 +69,21 @@ _FAULTS = {
 
 
 def faults(case: Case) -> Iterator[Finding]:
-    """Every fault that the job names."""
-    for name in case.job.faults.commit:
+    """Every fault that the job names, with what it did to the rows; the rules about these leave it out."""
+    for name in dict.fromkeys(case.job.faults.commit):
         fault = _FAULTS[name]
-        yield Finding(name, fault.grade, fault.found, fault.why, fault.mend.format(name))
+        said, rows = _done(name, case) if case.report.rows else ("", ())
+        yield Finding(name, fault.grade, said + fault.found, fault.why, fault.mend.format(name), rows)
+
+
+def _done(name: str, case: Case) -> tuple[str, tuple[int, ...]]:
+    """What a fault did, as the tokens tell it, and in which rows; nothing, where it does nothing to the rows."""
+    report, rows = case.report, case.counts.double_start_rows
+    if name == "masked-end":
+        return f"end token trained in {report.ended:,} of {report.answers:,} answers: ", ()
+    if name == "double-start":
+        return f"{len(rows):,} of {counted(report.rows, 'row')} hold a second start token: ", rows
+    return "", ()
 
 
 RULES = (faults,)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lamina.adapter import ALL_LINEAR
 from lamina.doctor.case import Case
-from lamina.doctor.finding import Finding
+from lamina.doctor.finding import Finding, counted
 from lamina.training.kept import shapes
 from lamina.training.optimizer import Shape, relative_update, rule_of_thumb
 
@@ -43,11 +43,13 @@ HALF_STEP = 2.0**-9
 def targets(case: Case) -> Iterator[Finding]:
     """An adapter that leaves out the MLP."""
     names = Counter(path.rsplit(".", 1)[1] for path in case.ranks)
-    if case.ranks and not any(".mlp." in path for path in case.ranks):
+    if case.architecture and case.ranks and not any(".mlp." in path for path in case.ranks):
+        sizes = {name: math.prod(shape) for name, shape in shapes(case.architecture).items()}
+        share = sum(size for name, size in sizes.items() if name.startswith("mlp.")) / sum(sizes.values())
         yield Finding(
             "targets-miss-mlp",
             "warning",
-            f"adapted are {', '.join(names)} alone, nothing of the MLP, which holds two thirds of the weights",
+            f"adapted are {', '.join(names)} alone, nothing of the MLP, which holds {share:.0%} of a layer's weights",
             "attention alone learns less at the same number of parameters; q_proj and v_proj are a library's silent default",
             f"--targets {ALL_LINEAR}",
         )
@@ -63,8 +65,8 @@ def alpha(case: Case) -> Iterator[Finding]:
             "alpha",
             "warning",
             f"alpha/rank = {scale:.3g}: alpha {case.alpha:g} at rank {lora.rank}",
-            f"the update is multiplied by it, and rates are meant for alpha {ALPHA:g} at any rank: "
-            f"this is as {'small' if case.alpha < ALPHA else 'large'} as a rate times {case.alpha / ALPHA:.2g}",
+            f"the update is multiplied by it, and rates are meant for alpha {ALPHA:g} at any rank: the weights move as they would "
+            f"with {case.alpha / ALPHA:.2g} times the rate",
             f"--alpha {ALPHA:g}" + (" --no-rslora" if lora.rslora else ""),
         )
 
@@ -119,9 +121,9 @@ def update_size(case: Case) -> Iterator[Finding]:
         yield Finding(
             "update-too-small",
             "warning",
-            f"these {case.steps:,} steps at this rate can change a weight by about {found:.1e} of itself; bf16 rounds at "
-            f"{HALF_STEP:.1e} (assumed: weights of about 1/√width)",
-            "merged into bf16, most of the update will vanish, and the merged model answers as the base does",
+            f"these {case.steps:,} steps at this rate can change a weight by at most about {found:.1e} of itself; bf16 "
+            f"rounds at {HALF_STEP:.1e} (assumed: weights of about 1/√width)",
+            "merged into bf16, much of such an update is rounded away, and the error of rounding is about as large as what is left",
             "raise the learning rate, alpha or steps; or use the adapter beside the base, unmerged",
         )
 
@@ -169,7 +171,7 @@ def steps(case: Case) -> Iterator[Finding]:
         yield Finding(
             "few-steps",
             "warning",
-            f"{case.steps:,} steps of {train.batch_size} examples over {rows:,} rows",
+            f"{counted(case.steps, 'step')} of {counted(train.batch_size, 'example')} over {counted(rows, 'row')}",
             "AdamW and the schedule need some dozens of steps; so few teach little but the form of the answers",
             " or ".join(
                 ([f"--batch-size {smaller}"] if smaller < train.batch_size else [])
@@ -184,7 +186,7 @@ def steps(case: Case) -> Iterator[Finding]:
         yield Finding(
             "many-epochs",
             "warning",
-            f"{epochs:.3g} passes over {rows:,} rows",
+            f"{epochs:,.3g} passes over {counted(rows, 'row')}",
             "from the third or so on the rows are memorised, and the held-out loss rises",
             f"--{'steps ' + str(max(FEW_STEPS, round(3 * rows / train.batch_size))) if train.steps else 'epochs 3'}, or --patience 2, "
             "which stops when the held-out loss no longer falls",

@@ -29,16 +29,18 @@ def truncation(case: Case) -> Iterator[Finding]:
         return
     chosen = "the default" if case.job.data.max_length is None else "--max-length"
     gone = {"drop": "left out", "truncate": "cut at the end", "split": "cut into pieces"}[report.long]
-    answers = f"{report.cut_answers:,} {_answers(case)} cut, {report.lost_answers:,} lost"
+    answers = f"{counted(report.cut_answers, _answer(case))} cut, {report.lost_answers:,} lost"
     severe = report.cut_answers + report.lost_answers > 0
     longest = min(case.architecture.max_position if case.architecture else report.lengths[2], report.lengths[2])
     longer = f"--max-length {longest}" if longest > report.max_length else ""
     yield Finding(
         "truncation",
         "warning" if severe else "note",
-        f"{report.long_rows:,} of {report.rows:,} rows are longer than {report.max_length:,} tokens ({chosen}) and {gone}: "
+        f"longer than {report.max_length:,} tokens ({chosen}), and {gone}: {report.long_rows:,} of {counted(report.rows, 'row')}; "
         f"{report.lost_tokens:,} tokens lost ({report.lost_tokens / report.tokens:.1%}), {answers}",
-        "an answer without its end teaches to stop nowhere; one that is cut away teaches nothing",
+        "an answer without its end teaches to stop nowhere; one that is cut away teaches nothing"
+        if severe
+        else "these tokens are never read; no answer is among them",
         " or ".join(filter(None, (longer, "" if report.long == "split" else "--long split"))) or "shorten these rows",
         case.lengths.rows_where(case.lengths.tokens > report.max_length),
     )
@@ -50,7 +52,7 @@ def nothing_to_learn(case: Case) -> Iterator[Finding]:
         yield Finding(
             "nothing-to-learn",
             "warning",
-            f"{len(rows):,} of {case.report.rows:,} rows hold no token to learn, and are never trained on",
+            f"never trained on, for they hold no token to learn: {len(rows):,} of {counted(case.report.rows, 'row')}",
             "elsewhere such rows give a loss of 0 or NaN; here they are left out, and the run is shorter than it seems",
             "give them an answer (or weight 1), raise --max-length where the prompt fills it, or remove them",
             rows,
@@ -106,13 +108,15 @@ def long_rows(case: Case) -> Iterator[Finding]:
     median = int(np.median(tokens))
     wild = (tokens > WILD * median) & (tokens > WILD_TOKENS)
     if wild.any():
+        whole = bool((np.minimum(tokens, case.report.max_length) > WILD * median).any())  # even after the cut
         yield Finding(
             "wildly-long-rows",
-            "warning",
+            "warning" if whole else "note",
             f"{counted(int(wild.sum()), 'row')} more than {WILD} times as long as the median of {median:,} tokens; "
             f"the longest has {int(tokens.max()):,}",
-            "memory is planned for the longest row; such rows are often several examples, or a file, in one cell",
-            "look at these rows; split or remove them, or lower --max-length",
+            ("memory is planned for the longest row; " if whole else "")
+            + "such rows are often several examples, or a file, in one cell",
+            "look at these rows; split or remove them" + (", or lower --max-length" if whole else ""),
             case.lengths.rows_where(wild),
         )
 
@@ -187,9 +191,9 @@ def preferences(case: Case) -> Iterator[Finding]:
         )
 
 
-def _answers(case: Case) -> str:
+def _answer(case: Case) -> str:
     """What the rows hold, as the account of the data calls it."""
-    return "texts" if set(case.report.forms) == {"text"} else "answers"
+    return "text" if set(case.report.forms) == {"text"} else "answer"
 
 
 RULES = (

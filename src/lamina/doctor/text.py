@@ -24,11 +24,11 @@ _PROBE = tuple(Message(role, text) for role, text in (("user", "one"), ("assista
 def end_token(case: Case) -> Iterator[Finding]:
     """Answers whose end is not learnt."""
     report = case.report
-    if report.ended == report.answers:
+    if report.ended == report.answers or "masked-end" in case.job.faults.commit:
         return
     lengths = case.lengths
-    beyond = lengths.stops > report.max_length
-    rows = lengths.rows_of_answers((lengths.ended == 0) | (beyond & (report.long == "truncate")))
+    beyond = (lengths.stops > report.max_length) & (report.long == "truncate")
+    rows = lengths.rows_of_answers((lengths.ended == 0) | beyond)
     answers = "texts" if set(report.forms) == {"text"} else "answers"
     cut = "cut rows lose theirs: raise --max-length, or --long split" if beyond.any() else ""
     absent = "end every answer with the end token" if (lengths.ended == 0).any() else ""
@@ -46,7 +46,7 @@ def end_token(case: Case) -> Iterator[Finding]:
 
 def double_start(case: Case) -> Iterator[Finding]:
     """Rows with a second start token that no end token comes before."""
-    if rows := case.counts.double_start_rows:
+    if (rows := case.counts.double_start_rows) and "double-start" not in case.job.faults.commit:
         yield Finding(
             "double-start",
             "error",
@@ -73,7 +73,8 @@ def no_start(case: Case) -> Iterator[Finding]:
 
 def start_held(case: Case) -> Iterator[Finding]:
     """Rows whose text holds the token that begins it already."""
-    if rows := case.report.concerned.get("bos_held", ()):
+    rows = case.report.concerned.get("bos_held", ())
+    if rows and "double-start" not in case.job.faults.commit:
         yield Finding(
             "start-in-text",
             "note",

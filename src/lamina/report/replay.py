@@ -6,14 +6,15 @@ from typing import Any
 
 from lamina.report.charts import Chart, bars
 from lamina.report.page import Page, Points, Sayings, Table
-from lamina.understand.beside import MEASURES, Change, Outcome, change
+from lamina.understand.beside import Outcome, changes
+from lamina.understand.bootstrap import Paired
 
 COLUMNS = ("variant", "held-out loss", "ends by itself", "word for word", "tokens", "KL from base", "left in bf16")
 _NAMES = {
-    "loss": "the held-out loss",
     "stop_rate": "answers that end by themselves",
     "exact_match": "answers that are the data's word for word",
     "mean_tokens": "the mean length of an answer",
+    "loss": "the held-out loss",
     "kl": "the distance from the base (KL)",
 }
 _PLURAL = ("stop_rate", "exact_match")
@@ -74,8 +75,8 @@ def rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
 def _cells(entry: Entry) -> tuple[str, ...]:
     if entry.outcome is None:
         return (entry.name, *["-"] * (len(COLUMNS) - 1))
-    shown = [_shown(measure, getattr(entry.outcome, measure)) for measure in ("loss", "stop_rate", "exact_match")]
-    shown += [_shown(measure, getattr(entry.outcome, measure)) for measure in ("mean_tokens", "kl")]
+    found = entry.outcome.measures
+    shown = [_shown(measure, found[measure]) for measure in ("loss", "stop_rate", "exact_match", "mean_tokens", "kl")]
     left = entry.facts.get("survived")
     return (entry.name, *shown, "-" if left is None else f"{left:.0%}")
 
@@ -100,10 +101,10 @@ def sentence(entry: Entry, entries: Sequence[Entry]) -> str:
     if entry.outcome is None:
         return _merged(entry.facts)
     if mended is None or mended.outcome is None or entry.name in ("base", "mended"):
-        return f"{_NAMES['loss']} is {entry.outcome.loss:.4f}"
+        return f"{_NAMES['loss']} is {entry.outcome.measures['loss']:.4f}"
     control = chance.outcome if chance is not None and chance is not entry else None
     said = list(_differences(mended.outcome, entry.outcome, control))
-    said = said or [f"no effect on the answers beyond chance, on {len(entry.outcome.values('loss'))} held-out rows"]
+    said = said or [f"no effect on the answers beyond chance, on {len(entry.outcome.losses())} held-out rows"]
     return "; ".join([*said, *_like_the_base(entry, entries), *_of_the_run(entry.facts, mended.facts)])
 
 
@@ -119,23 +120,24 @@ def _like_the_base(entry: Entry, entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _differences(before: Outcome, after: Outcome, control: Outcome | None) -> Iterator[str]:
-    for measure in ("stop_rate", "exact_match", "mean_tokens", "loss", "kl"):
-        found = change(measure, before, after)
-        usual = change(measure, before, control) if control else None
-        if found and found.found and abs(found.mean) > _least(measure, before, usual):
-            first, second = (_shown(measure, getattr(side, measure)) for side in (before, after))
-            yield f"{_NAMES[measure]} {_verb(measure, found)} from {first} to {second}"
+    found, usual = changes(before, after), changes(before, control) if control else {}
+    for measure in (name for name in _NAMES if name in found):
+        of = found[measure]
+        if _beyond_rows(of) and abs(of.difference) > _least(measure, of.base, usual.get(measure)):
+            verb = "rise" if of.difference > 0 else "fall"
+            verb += "" if measure in _PLURAL else "s"
+            yield f"{_NAMES[measure]} {verb} from {_shown(measure, of.base)} to {_shown(measure, of.adapter)}"
 
 
-def _least(measure: str, before: Outcome, usual: Change | None) -> float:
+def _beyond_rows(of: Paired) -> bool:
+    """Whether the difference goes beyond the chance of which rows are held out: its interval leaves out zero."""
+    return of.difference_interval is not None and not of.difference_interval[0] <= 0 <= of.difference_interval[1]
+
+
+def _least(measure: str, before: float, usual: Paired | None) -> float:
     """What a difference must exceed to be told: that of another seed, and a small share of what is no share itself."""
-    chance = abs(usual.mean) if usual else 0.0
-    return chance if measure in _PLURAL else max(chance, _SLIGHT * getattr(before, measure))
-
-
-def _verb(measure: str, found: Change) -> str:
-    verb = "rise" if found.mean > 0 else "fall"
-    return verb if measure in _PLURAL else verb + "s"
+    chance = abs(usual.difference) if usual else 0.0
+    return chance if measure in _PLURAL else max(chance, _SLIGHT * before)
 
 
 def _of_the_run(facts: Mapping[str, float], mended: Mapping[str, float]) -> Iterator[str]:
@@ -175,7 +177,8 @@ def as_json(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     found = []
     for entry in entries:
         differences = {
-            measure: change(measure, mended.outcome, entry.outcome) for measure in MEASURES if entry.outcome is not None
+            name: [of.difference, *(of.difference_interval or (None, None))]
+            for name, of in (changes(mended.outcome, entry.outcome) if entry.outcome else {}).items()
         }
         found.append(entry.as_json() | {"sentence": sentence(entry, entries), "difference": differences})
     return found
@@ -218,7 +221,7 @@ def _charts(measured: Sequence[Entry]) -> list[Chart]:
     names = [entry.name for entry in measured]
 
     def values(measure: str, factor: float) -> list[float | None]:
-        found = (getattr(entry.outcome, measure) for entry in measured)
+        found = (entry.outcome.measures[measure] for entry in measured if entry.outcome)
         return [None if value is None else round(factor * value, 4) for value in found]
 
     loss = bars("Held-out loss", "Shorter is better.", names, {"loss": values("loss", 1)}, "nats per answer token")

@@ -1,59 +1,40 @@
-"""A tuned model beside its base on the same rows, row by row, so that two tuned models can be compared with an interval.
+"""What a tuned model does on held-out rows, kept row by row, so that two tuned models can be compared and not only one with its base.
 
-Every measure is kept per row: a difference of two models is then the mean of paired differences, and its interval needs no
-assumption about the rows but that they were drawn alike. How large the difference would be with another seed of the training, it
-does not tell.
+All is measured as the card measures it, and the difference of two outcomes has the card's interval: rows are drawn again, both models'
+together. How large the difference would be with another seed of the training, that does not tell.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from numpy.typing import NDArray
 
-from lamina.adapter import adapter_scale
-from lamina.data.pack import NONE, Batch, pack
 from lamina.data.render import Rendered
-from lamina.evaluation import Answer, Evaluating, answers
-from lamina.generation import evaluating
+from lamina.evaluation import Answer, Answers, Evaluating, answers, score_both
 from lamina.model.decoder import Decoder
-from lamina.ops.attention import Packed
+from lamina.understand.bootstrap import Paired
 from lamina.understand.budget import SAMPLES
+from lamina.understand.card import KINDS, Measuring, means
 
-_SLICE = 32  # tokens whose distributions are compared at one time
-_Z = 1.96  # of a 95 % interval, normal over rows
+LOSSES = Measuring(("loss", "kl"), means)
+MEASURES = (*LOSSES.names, *KINDS["answers"].names)
+"""What two outcomes are compared by."""
 
-MEASURES = ("loss", "kl", "stop_rate", "exact_match", "mean_tokens")
-"""What two outcomes are compared by: all that is held per row."""
+_Sums = dict[int, NDArray[np.float64]]
 
 
 class Row(NamedTuple):
-    """One held-out row: sums over its answer tokens, in nats."""
+    """One held-out row, or a piece of it: sums over its answer tokens, in nats."""
 
     row: int
-    tokens: int
     loss: float
     """Of -log p under the tuned model."""
     kl: float
     """Of KL(base‖tuned)."""
-
-
-class Change(NamedTuple):
-    """A difference of two outcomes with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def found(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -64,55 +45,25 @@ class Outcome:
     answers: tuple[Answer, ...]
 
     @property
-    def loss(self) -> float:
-        """Mean -log p of the answer tokens, in nats."""
-        return sum(row.loss for row in self.rows) / sum(row.tokens for row in self.rows)
+    def measures(self) -> dict[str, float | None]:
+        """The mean of each of ``MEASURES``, loss and KL in nats a token; None for those of answers where nothing was asked."""
+        found: dict[str, float | None] = dict.fromkeys(MEASURES)
+        for kind, sums in _kinds(self):
+            if sums:
+                found |= zip(kind.names, means(np.sum([*sums.values()], axis=0)).tolist(), strict=True)
+        return found
 
-    @property
-    def kl(self) -> float:
-        """Mean KL(base‖tuned) over the answer tokens, in nats."""
-        return sum(row.kl for row in self.rows) / sum(row.tokens for row in self.rows)
+    def losses(self) -> _Sums:
+        """Loss, KL and tokens of each row."""
+        return _by_row((row.row for row in self.rows), np.array([row[1:] for row in self.rows]))
 
-    @property
-    def stop_rate(self) -> float | None:
-        """Share of the answers that end by themselves; None where nothing was asked."""
-        return self._mean("stop_rate")
-
-    @property
-    def exact_match(self) -> float | None:
-        """Share of the answers that are the data's, word for word."""
-        return self._mean("exact_match")
-
-    @property
-    def mean_tokens(self) -> float | None:
-        """Length of the answers."""
-        return self._mean("mean_tokens")
-
-    def _mean(self, measure: str) -> float | None:
-        values = self.values(measure).values()
-        return sum(total for total, _ in values) / sum(weight for _, weight in values) if values else None
-
-    def values(self, measure: str) -> dict[int, tuple[float, int]]:
-        """A measure's (sum, weight) by row; pieces of a row that was cut are added up."""
-        match measure:
-            case "loss" | "kl":
-                found = [(row.row, getattr(row, measure), row.tokens) for row in self.rows]
-            case "stop_rate":
-                found = [(answer.row, float(answer.stopped), 1) for answer in self.answers]
-            case "exact_match":
-                found = [(answer.row, float(answer.exact), 1) for answer in self.answers]
-            case _:
-                found = [(answer.row, float(answer.tokens), 1) for answer in self.answers]
-        sums: dict[int, tuple[float, int]] = {}
-        for row, value, weight in found:
-            before = sums.get(row, (0.0, 0))
-            sums[row] = before[0] + value, before[1] + weight
-        return sums
+    def asked(self) -> _Sums:
+        """What each row's answers have, as ``Answers.per_row`` has it."""
+        return _by_row((answer.row for answer in self.answers), Answers(self.answers).per_row())
 
     def as_json(self) -> dict[str, Any]:
         """For machines: the measures, and the rows they are made of."""
-        measures = {name: getattr(self, name) for name in MEASURES}
-        return measures | {
+        return self.measures | {
             "rows": [row._asdict() for row in self.rows],
             "answers": [asdict(answer) for answer in self.answers],
         }
@@ -124,18 +75,13 @@ class Outcome:
         return cls(rows, tuple(Answer(**answer) for answer in found["answers"]))
 
 
-def change(measure: str, before: Outcome, after: Outcome) -> Change | None:
-    """How a measure differs between two outcomes, over the rows that both have; None where there are none."""
-    first, second = before.values(measure), after.values(measure)
-    rows = sorted(first.keys() & second.keys())
-    if not rows:
-        return None
-    weights = np.array([first[row][1] for row in rows])
-    means = [np.array([of[row][0] / of[row][1] for row in rows]) for of in (first, second)]
-    differences, weight = (means[1] - means[0]) * weights, int(weights.sum())
-    half = _Z * float(differences.std()) * math.sqrt(len(rows)) / weight
-    mean = float(differences.sum()) / weight
-    return Change(mean, mean - half, mean + half)
+def changes(before: Outcome, after: Outcome) -> dict[str, Paired]:
+    """How each of ``MEASURES`` differs between two outcomes, over the rows that both have; without those that have no such row."""
+    found = dict[str, Paired]()
+    for (kind, first), (_, second) in zip(_kinds(before), _kinds(after), strict=True):
+        if rows := sorted(first.keys() & second.keys()):
+            found |= kind.measures(*(np.stack([sums[row] for row in rows]) for sums in (first, second)))
+    return found
 
 
 def outcome(
@@ -152,37 +98,21 @@ def outcome(
         held_out: rows on which all models that are to be compared are measured.
         budget: tokens computed at one time.
     """
-    rows: list[Row] = []
-    with evaluating(model.modules()):
-        for batch in pack(held_out, budget):
-            rows += _rows(model, batch)
+    _, tuned, apart = score_both(model, held_out, budget)
+    sums = zip(held_out, tuned.per_row().tolist(), tuned.sums(apart).tolist(), strict=True)
+    rows = tuple(Row(of.row, loss, kl, int(tokens)) for of, (loss, _, tokens), kl in sums)
     samples = SAMPLES[1] if settings.eval_samples is None else settings.eval_samples
     found = answers(model, held_out, tokenizer, stop, samples, settings.eval_max_new_tokens)
-    order = {row.row: place for place, row in enumerate(held_out)}
-    return Outcome(tuple(sorted(rows, key=lambda row: order[row.row])), found.rows if found else ())
+    return Outcome(rows, found.rows if found else ())
 
 
-def _rows(model: Decoder, batch: Batch) -> list[Row]:
-    """Loss and KL of each row of a batch."""
-    device = model.vocabulary.device
-    given = batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths)
-    chosen = (batch.targets != NONE).nonzero().squeeze(1)
-    with adapter_scale(model, 0.0):
-        base = model(*given)[chosen]
-    losses, kls = _scores(base, model(*given)[chosen], model.vocabulary, batch.targets[chosen].to(device))
-    of = np.repeat(np.arange(len(batch.rows)), batch.lengths)[chosen.numpy()]
-    counts, loss, kl = (np.bincount(of, weights, len(batch.rows)) for weights in (None, losses.numpy(), kls.numpy()))
-    return [
-        Row(number, int(counts[place]), float(loss[place]), float(kl[place])) for place, number in enumerate(batch.rows)
-    ]
+def _kinds(of: Outcome) -> list[tuple[Measuring, _Sums]]:
+    return [(LOSSES, of.losses()), (KINDS["answers"], of.asked())]
 
 
-def _scores(base: Tensor, tuned: Tensor, vocabulary: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(target) of the tuned model and KL(base‖tuned), both float64 [S] on the CPU; distributions in fp32, a slice at a time."""
-    losses, kls = torch.empty(len(targets), dtype=torch.float64), torch.empty(len(targets), dtype=torch.float64)
-    for start in range(0, len(targets), _SLICE):
-        now = slice(start, start + _SLICE)
-        before, after = (F.linear(hidden[now], vocabulary).float().log_softmax(1) for hidden in (base, tuned))
-        losses[now] = F.nll_loss(after, targets[now], reduction="none").double().cpu()
-        kls[now] = F.kl_div(after, before, log_target=True, reduction="none").sum(1).double().cpu()
-    return losses, kls
+def _by_row(rows: Iterable[int], columns: NDArray[np.float64]) -> _Sums:
+    """The sums [K] of each row: pieces of a row that was cut are added up."""
+    found = _Sums()
+    for row, sums in zip(rows, columns, strict=True):
+        found[row] = found[row] + sums if row in found else sums
+    return found

@@ -207,14 +207,14 @@ def _of_losses(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([loss, np.exp(np.minimum(loss, 700.0)), accuracy], axis=-1)  # e^709 is the last number
 
 
-def _of_answers(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Stop rate, exact match and mean length from sums of what each answer has of them, and of answers."""
+def means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means from sums of what each answer, or token, has of some measures, and of answers: [..., K] → [..., K-1]."""
     return sums[..., :-1] / sums[..., -1:]
 
 
 KINDS = {
     "held_out": Measuring(("loss", "perplexity", "accuracy"), _of_losses),
-    "answers": Measuring(("stop_rate", "exact_match", "mean_tokens"), _of_answers, shares=2),
+    "answers": Measuring(("stop_rate", "exact_match", "mean_tokens"), means, shares=2),
     "neutral": Measuring(("loss", "perplexity", "accuracy"), _of_losses),
 }
 
@@ -225,10 +225,7 @@ def _part(name: str, base: NDArray[np.float64], adapter: NDArray[np.float64], to
 
 
 def _given(base: Answers, adapter: Answers) -> Part:
-    def columns(given: Answers) -> NDArray[np.float64]:
-        return np.array([(a.stopped, a.exact, a.tokens, 1) for a in given.rows], dtype=np.float64)
-
-    part = _part("answers", columns(base), columns(adapter))
+    part = _part("answers", base.per_row(), adapter.per_row())
     if base.comparable:
         return part
     return replace(part, measures={name: of for name, of in part.measures.items() if name != "exact_match"})
@@ -236,9 +233,9 @@ def _given(base: Answers, adapter: Answers) -> Part:
 
 def _apart(model: Decoder, rows: Sequence[Rendered], portion: int) -> tuple[Divergence, Known]:
     base, adapter, kl = score_both(model, rows, portion)
-    sums = Scores(base.targets, kl, base.correct, base.ends).per_row()[:, [0, 2]]
+    sums = np.stack([base.sums(kl), base.per_row()[:, 2]], axis=1)
     total, tokens = sums.sum(0).tolist()
-    span = interval(sums, lambda drawn: drawn[..., :1] / drawn[..., 1:])
+    span = interval(sums, means)
     return Divergence(total / tokens, span, int(tokens)), Known(rows, base, adapter)
 
 

@@ -1,22 +1,30 @@
 """Single rules on cases made by hand: what they find, and where they are silent."""
 
+import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 from models import config
 from tokens import byte_level, pieces
 
+from lamina import settings
 from lamina.adapter import LoRA
 from lamina.data.examples import DataSettings
+from lamina.data.faults import Fault, Faults
+from lamina.data.lengths import Lengths
 from lamina.data.report import DataReport
 from lamina.data.templates import chat_format
-from lamina.doctor import declared, rules
+from lamina.doctor import rules
 from lamina.doctor.case import Case, Counts
 from lamina.doctor.finding import Diagnosis, Finding
-from lamina.job import Job, Watching
+from lamina.job import SECTIONS, Job, Watching
+from lamina.jobfile import Head
 from lamina.model.architecture import Architecture, read_architecture
 from lamina.model.weights import ModelSettings
 from lamina.training.loop import Training
@@ -73,7 +81,7 @@ FOUND: Mapping[str, tuple[str, dict[str, Any], str]] = MappingProxyType(
         "rank-stabilised scaling at a high rank": ("alpha", {"adapter": LoRA(rank=64, rslora=True)}, "alpha 256 at rank 64"),
         "only attention": ("targets-miss-mlp", {"adapter": LoRA(targets=("q_proj", "k_proj"))}, "q_proj, k_proj alone"),
         "an update below bf16's rounding": (
-            "update-too-small", train(learning_rate=2e-6), "change a weight by about 5.6e-04 of itself"
+            "update-too-small", train(learning_rate=2e-6), "change a weight by at most about 5.6e-04 of itself"
         ),
         "a warm-up over half of the run": ("schedule-and-warmup", train(warmup=0.6), "the rate rises over 60% of the steps"),
         "a warm-up over all of it": ("schedule-and-warmup", train(warmup=1.0), "has no step left"),
@@ -163,17 +171,62 @@ def test_another_template_than_the_bases() -> None:
 
 
 def test_every_fault_of_the_job_is_told() -> None:
-    class Faults:
-        commit = tuple(declared._FAULTS)
-
-    of = case()
-    object.__setattr__(of.job, "faults", Faults())  # as the section of a job that names them
-    found = told(of)
-    assert list(found) == list(Faults.commit)
-    assert (
-        found["masked-end"].grade == "error" and found["masked-end"].mend == "leave 'masked-end' out of faults.commit"
-    )
+    found = told(case(faults=Faults(commit=get_args(Fault))))
+    assert tuple(found) == get_args(Fault)
+    assert found["masked-end"].grade == "error" and "leave 'masked-end' out of commit" in found["masked-end"].mend
     assert all(finding.why and finding.mend for finding in found.values())
+
+
+def test_what_a_fault_did_is_told_by_the_fault_alone() -> None:
+    counts = replace(COUNTS, double_start_rows=(1, 2))
+    report = replace(REPORT, ended=0, concerned={"bos_held": (1, 2)})
+    assert list(told(case(report, counts))) == ["end-token", "double-start", "start-in-text"]
+    found = told(case(report, counts, faults=Faults(commit=("masked-end", "double-start"))))
+    assert list(found) == ["masked-end", "double-start"]
+    assert found["masked-end"].found.startswith("end token trained in 0 of 1,000 answers: the padding token")
+    assert found["double-start"].found.startswith("2 of 1,000 rows hold a second start token: the text")
+    assert found["double-start"].rows == (1, 2)
+
+
+def test_long_rows_that_the_cut_makes_harmless_are_a_note() -> None:
+    """Memory is planned for rows as they are trained on."""
+    lengths = Lengths(rows=np.arange(9) + 1, tokens=np.array([50] * 8 + [5000]))
+    grades = {
+        limit: told(replace(case(replace(REPORT, max_length=limit)), lengths=lengths))["wildly-long-rows"].grade
+        for limit in (1000, 1001, 8000)
+    }
+    assert grades == {1000: "note", 1001: "warning", 8000: "warning"}
+
+
+def mended(rule: str, parts: dict[str, Any]) -> dict[str, Any] | None:
+    """The sections after the flags that a finding's mend begins with; None where it begins with words."""
+    parser = argparse.ArgumentParser()
+    settings.add_flags(parser, {"": Head, **SECTIONS})
+    of = case(**parts)
+    first = re.match(r"(--[a-z0-9-]+( (?!--|or\b)[^\s;,]+)?[ ]?)+", told(of)[rule].mend)
+    if first is None:
+        return None
+    flags = settings.read_flags(parser.parse_args(first[0].split()), SECTIONS).values
+    return {name: replace(section, **flags.get(name, {})) for name, section in of.job.sections().items() if name}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_mend_mends(name: str) -> None:
+    """The flags are real, and the finding is gone with them."""
+    rule, parts, _ = FOUND[name]
+    after = mended(rule, parts)
+    if after is None:
+        assert rule in ("update-too-small",)
+    else:
+        assert rule not in told(case(**after)), after
+
+
+def test_every_flag_in_a_mend_is_one() -> None:
+    known = {setting.flag for setting in settings.settings({"": Head, **SECTIONS})}
+    known |= {flag.replace("--", "--no-", 1) for flag in known}
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(rules.__file__).parent.glob("*.py"))
+    named = set(re.findall(r"--[a-z][a-z0-9-]*", source))
+    assert len(named) > 20 and named <= known
 
 
 def test_an_empty_case_has_no_findings_about_data() -> None:

@@ -13,7 +13,7 @@ def entry(
     name: str, loss: float = 1.0, stopped: float = 1.0, exact: float = 0.9, says: str = "own", **facts: float
 ) -> Entry:
     """A variant on 40 rows of 4 tokens; the losses alternate around their mean."""
-    made = tuple(Row(n, 4, 4 * loss * (1.1 if n % 2 else 0.9), 0.5) for n in range(COUNT))
+    made = tuple(Row(n, 4 * loss * (1.1 if n % 2 else 0.9), 0.5, 4) for n in range(COUNT))
     answers = tuple(
         Answer(n, f"ask {n}", "right", "right" if n < exact * COUNT else f"{says} {n}", n < stopped * COUNT, 5)
         for n in range(COUNT)

@@ -113,3 +113,5 @@ def test_the_update_that_a_merge_would_swallow() -> None:
     seven_b = Shape(scale=16 / 64, rank=64, inputs=4096, weight=0.02)
     assert relative_update(250, 2e-4, "cosine", 0.03, seven_b) > 2**-9
     assert relative_update(250, 1e-5, "cosine", 0.03, seven_b) == pytest.approx(1e-3, rel=0.2)
+    long = relative_update(4096, 1e-5, "cosine", 0.03, seven_b)  # a longer run has the same shape
+    assert relative_update(10**9, 1e-5, "cosine", 0.03, seven_b) == pytest.approx(long * 10**9 / 4096)

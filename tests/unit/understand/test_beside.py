@@ -12,7 +12,7 @@ from torch import nn
 from lamina.adapter import LoRA, adapter_scale, attach
 from lamina.data.render import Rendered
 from lamina.evaluation import Answer, Evaluating, evaluate
-from lamina.understand.beside import Change, Outcome, Row, change, outcome
+from lamina.understand.beside import MEASURES, Outcome, Row, changes, outcome
 
 NOTHING = Evaluating(eval_samples=0)
 
@@ -43,45 +43,48 @@ def test_loss_and_distance_are_the_definitions() -> None:
         # fp32 logits of about 1 with 96 entries: an error of some 2^-24 a term, in sums of at most 24 tokens.
         assert measured.loss == pytest.approx(float(-q.gather(1, targets[:, None]).sum()), abs=1e-4)
         assert measured.kl == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-4)
-    assert found.loss == pytest.approx(evaluate(model, rows, 40).loss, abs=1e-5)
-    assert found.kl > 0
+    assert found.measures["loss"] == pytest.approx(
+        evaluate(model, rows, 40).loss, rel=1e-12
+    )  # sums in float64, in another order
+    assert found.measures["kl"] is not None and found.measures["kl"] > 0
 
 
 def test_a_model_without_an_adapter_is_its_own_base() -> None:
     found = outcome(tiny(), examples(3), None, set(), NOTHING, 40)
-    assert found.kl == 0
-    assert (found.stop_rate, found.exact_match, found.mean_tokens) == (None, None, None)
+    assert found.measures["kl"] == 0
+    assert [found.measures[name] for name in ("stop_rate", "exact_match", "mean_tokens")] == [None] * 3
 
 
-def test_a_change_is_the_mean_of_paired_differences() -> None:
-    before = Outcome(tuple(Row(n, 2, 4.0, 0.0) for n in range(8)), tuple(answer(n, True) for n in range(8)))
+def test_a_change_is_the_difference_of_what_is_shown_with_the_cards_interval() -> None:
+    before = Outcome(tuple(Row(n, 4.0, 0.0, 2) for n in range(8)), tuple(answer(n, True) for n in range(8)))
     after = Outcome(
-        tuple(Row(n, 2, 4.0 + n % 2, 1.0) for n in range(8)), tuple(answer(n, n < 2, 3 + n) for n in range(8))
+        tuple(Row(n, 4.0 + n % 2, 1.0, 2) for n in range(8)), tuple(answer(n, n < 2, 3 + n) for n in range(8))
     )
-    loss = change("loss", before, after)
-    # Differences a token are 0 and 0.5 in turn: mean 0.25, deviation 0.25, over 8 rows.
+    found = changes(before, after)
+    assert tuple(found) == MEASURES
+    for name, of in found.items():
+        assert of.difference == pytest.approx(after.measures[name] - before.measures[name])  # type: ignore[operator]
+    # Differences a token are 0 and 0.5 in turn: mean 0.25, deviation 0.25, over 8 rows; a bootstrap's ends are multiples of 1/16.
     half = 1.96 * 0.25 / math.sqrt(8)
-    assert loss == pytest.approx((0.25, 0.25 - half, 0.25 + half))
-    assert loss is not None and loss.found
-    assert change("kl", before, after) == Change(0.5, 0.5, 0.5)
-    assert change("stop_rate", before, after) == pytest.approx((-0.75, -0.75 - 0.3, -0.75 + 0.3), abs=1e-2)
-    assert change("mean_tokens", before, after) == pytest.approx((3.5, 3.5 - 1.588, 3.5 + 1.588), abs=1e-3)
-    same = change("loss", before, before)
-    assert same == Change(0, 0, 0) and not same.found
-    assert change("stop_rate", before, Outcome(after.rows, ())) is None
+    assert found["loss"].difference_interval == pytest.approx((0.25 - half, 0.25 + half), abs=1 / 16)
+    assert found["kl"].difference_interval == (0.5, 0.5)
+    assert found["stop_rate"].difference == -0.75 and found["mean_tokens"].difference == 3.5
+    same = changes(before, before)["stop_rate"]  # all agree on eight rows, which leaves others possible
+    assert same.difference == 0 and same.difference_interval is not None
+    assert same.difference_interval[0] < 0 <= same.difference_interval[1]
+    assert tuple(changes(before, Outcome(after.rows, ()))) == ("loss", "kl")
 
 
 def test_pieces_of_a_row_count_as_one_row() -> None:
-    cut = Outcome((Row(1, 2, 3.0, 0.0), Row(1, 4, 3.0, 0.0), Row(2, 1, 1.0, 0.0)), ())
-    assert cut.values("loss") == {1: (6.0, 6), 2: (1.0, 1)}
-    assert cut.loss == 1.0
-    shorter = Outcome((Row(1, 2, 4.0, 0.0), Row(2, 1, 1.0, 0.0)), ())  # asked in another way: fewer tokens
-    found = change("loss", cut, shorter)
-    assert found is not None and found.mean == pytest.approx(6 * (2.0 - 1.0) / 7)
+    cut = Outcome((Row(1, 3.0, 0.0, 2), Row(1, 3.0, 0.0, 4), Row(2, 1.0, 0.0, 1)), ())
+    assert {row: sums.tolist() for row, sums in cut.losses().items()} == {1: [6.0, 0.0, 6.0], 2: [1.0, 0.0, 1.0]}
+    assert cut.measures["loss"] == 1.0
+    shorter = Outcome((Row(1, 4.0, 0.0, 2), Row(2, 1.0, 0.0, 1), Row(3, 9.0, 0.0, 1)), ())  # asked otherwise, and more
+    assert changes(cut, shorter)["loss"].difference == pytest.approx(5 / 3 - 1)
 
 
 def test_an_outcome_survives_the_way_through_its_file() -> None:
-    found = Outcome((Row(1, 2, 3.0, 0.5),), (answer(1, True),))
+    found = Outcome((Row(1, 3.0, 0.5, 2),), (answer(1, True),))
     written = found.as_json()
     assert Outcome.of_json(json.loads(json.dumps(written))) == found
     assert (written["loss"], written["stop_rate"], written["exact_match"]) == (1.5, 1.0, 1.0)
