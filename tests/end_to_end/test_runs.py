@@ -209,6 +209,8 @@ def test_the_card_of_a_run(neutral: str | None, place: Path, tmp_path: Path) -> 
     assert card["dose"]["scales"][0] == 0 and len(card["dose"]["task"]) == 7
     parts = {"data", "planning", "check", "load", "base_evaluation", "training", "evaluations", "saving", "card"}
     assert card["seconds"].keys() == parts | {"explanation"}
+    # The steps are a part of the training, which also opens the record and meets the heaviest micro-batch.
+    assert card["seconds"]["training"] > card["training_seconds"] > 0
     again = card_of(open_run(run)).as_json()
     assert {key: card[key] for key in again} == again, (
         "what the run's evaluations had computed is what is computed anew"
