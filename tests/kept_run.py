@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
+
+from lamina.report.ledger import LedgerFile
+from lamina.understand.ledger import COLUMNS, Place, Row
 
 MODULES = (
     "self_attn.q_proj",
@@ -35,7 +36,7 @@ def write_kept(folder: Path, text: str = "plain words", steps: int = 60, layers:
     dump(folder / "check.json", {"findings": [finding(text, grade) for grade in ("error", "warning", "note")]})
     samples = [answer(text, row) | {"step": n} for n in range(0, steps + 1, max(1, steps // 5)) for row in (1, 2)]
     write_lines(folder / "samples.jsonl", samples)
-    write_ledger(folder / "ledger.parquet", steps, layers)
+    write_ledger(folder, steps, layers)
     return folder
 
 
@@ -174,19 +175,17 @@ def explanation(layers: int, rank: int) -> dict[str, Any]:
     }
 
 
-def write_ledger(path: Path, steps: int, layers: int) -> None:
+def write_ledger(folder: Path, steps: int, layers: int) -> None:
     """One row per step and matrix; the first matrix never moves."""
-    places = [(layer, module) for layer in range(layers) for module in MODULES]
+    places = [Place(layer, module) for layer in range(layers) for module in MODULES]
     moved = np.array([0.0] + [1 + 0.1 * n for n in range(1, len(places))])
-    norms = np.concatenate([moved * (1 - math.exp(-n / 20)) for n in range(1, steps + 1)]).astype(np.float32)
-    columns = {
-        "step": np.repeat(np.arange(1, steps + 1, dtype=np.int32), len(places)),
-        "layer": np.tile(np.array([layer for layer, _ in places], dtype=np.int16), steps),
-        "module": pyarrow.array([module for _, module in places] * steps).dictionary_encode(),
-        "update_norm": norms,
-        "relative": norms / 100,
-    }
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    file = LedgerFile(folder, tuple(places), [])
+    for step in range(1, steps + 1):
+        values = np.zeros((len(COLUMNS), len(places)), dtype=np.float32)
+        values[COLUMNS.index("update_norm")] = norms = moved * (1 - math.exp(-step / 20))
+        values[COLUMNS.index("relative")] = norms / 100
+        file.add(Row(step, values))
+    file.save()
 
 
 def dump(path: Path, value: Any) -> None:

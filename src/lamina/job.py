@@ -153,14 +153,20 @@ def order_of(job: Job, lengths: NDArray[np.int64]) -> Order:
     return by_length(lengths, job.train.batch_size) if "by-length" in job.faults.commit else shuffled
 
 
+_MEASURED = {"evaluate", "generate", "watch.ledger_every", "watch.samples", "watch.sample_tokens"}
+"""Sections and settings that decide what is seen of an adapter, and nothing of what it becomes."""
+
+
 def settings_fingerprint(job: Job, without: Collection[str]) -> str:
-    """A hash of all settings that decide a run's result: not where it lies, nor those named in ``without``, nor what is at
-    its default, so that a setting that a later version adds does not make a run another one."""
+    """A hash of all settings that decide what is trained: not where it lies, nor what is measured of it, nor those named in
+    ``without``, nor what is at its default, so that a setting that a later version adds does not make a run another one."""
     deciding = {
         f"{name}.{f.name}": getattr(section, f.name)
         for name, section in job.sections().items()
         for f in fields(section)
-        if f.name not in {"out", "name", *without} and getattr(section, f.name) != _default(f)
+        if f.name not in {"out", "name", *without}
+        and not _MEASURED & {name, f"{name}.{f.name}"}
+        and getattr(section, f.name) != _default(f)
     }
     return hashlib.sha256(repr(sorted(deciding.items())).encode()).hexdigest()
 

@@ -146,8 +146,8 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
     meter = Meter(pick_device(job.model.device))
     with memory_told(), watch("load"):
         model = loaded or job.model.load(base)
-    attach(model, job.adapter, job.head.seed)
-    run = UnderWay(job, folder, base, model, data, start(model, job.train), show, watch)
+        attach(model, job.adapter, job.head.seed)
+        run = UnderWay(job, folder, base, model, data, start(model, job.train), show, watch)
     for line in training_lines(model, job.model.model, job.train, run.steps, run.every if len(data.held_out) else None):
         show.line(line)
     stop = stops(base, tokenizer, job.data.template)
@@ -160,11 +160,12 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
             card = measured(Asked(model, tokenizer, stop), data, job, run.base_scores, run.last_scores)
         with watch("explanation"):
             write_explanation(model, folder, base, data.held_out, job.train.portion, show.line)
-    show.line(time_line(watch.seconds))
     told = about(job, model, folder) | {"held_out_fingerprint": data.held_out.fingerprint, "seconds": watch.seconds}
     more = {"memory": {"planned": planned.as_json(), "measured_bytes": measured_peak}, "ledger_notes": notes}
     write_json(folder / "card.json", told | more | card.as_json())
-    write_page(folder, show.line)
+    with watch("page"):
+        write_page(folder, show.line)
+    show.line(time_line(watch.seconds))
     return Result(folder, card)
 
 

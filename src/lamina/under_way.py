@@ -88,6 +88,7 @@ class UnderWay:
             self.show.line(f"resuming {self.folder} after step {self.state.step} of {self.steps}")
         after = self.state.step if resuming else None
         with (
+            self.watch("training"),  # what is opened for it too; the parts inside count for themselves
             Record(self.folder, after) as record,
             Observing(
                 self.folder, self.job, self.model, self.state, lengths, record, self.show.line, after
@@ -96,7 +97,7 @@ class UnderWay:
             self.show.start(self.steps, self.state.step)
             if not resuming:
                 self.before_first_step(record, planned)
-            with Interrupts() as interrupts, self.watch("training"):
+            with Interrupts() as interrupts:
                 self.steps_to_the_end(record, interrupts)
         if self.progress.best_loss is not None:
             best = f"best held-out loss {self.progress.best_loss:.4f}, at step {self.progress.best_step}"
@@ -131,8 +132,7 @@ class UnderWay:
 
     def before_first_step(self, record: Record, planned: Planned) -> None:
         """Meets the longest examples now rather than hours later, and measures the untouched base."""
-        with self.watch("training"):
-            rehearse(self.model, planned.heaviest, self.job.train)
+        rehearse(self.model, planned.heaviest, self.job.train)
         self.show.line(
             f"the heaviest micro-batch of the run ({len(planned.heaviest.tokens):,} tokens) was computed once: it fits"
         )

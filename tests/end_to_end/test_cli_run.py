@@ -78,6 +78,7 @@ def test_train_says_what_it_does_and_ends_with_the_comparison(
     assert (place / "runs" / "run-1" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_job_file_of_a_run_replays_it(
     trained: Path, place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -183,7 +183,7 @@ def test_rows_without_a_prompt_ask_nothing(place: Path, tmp_path: Path) -> None:
     assert read_samples(fine_tune(job(place, tmp_path / "run", data=data)).folder) == []
 
 
-@pytest.mark.parametrize("killed_at", [1, 3, 4, 5])
+@pytest.mark.parametrize("killed_at", [3, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))])
 def test_a_run_that_broke_off_goes_on_to_the_same_ledger(
     killed_at: int, place: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -230,6 +230,7 @@ def test_a_run_that_never_kept_a_ledger_begins_one_where_it_goes_on(place: Path,
     assert np.array_equal(ledger_of(run).values, ledger_of(whole).values[2:])
 
 
+@pytest.mark.slow
 def test_notes_are_said_once_and_kept_in_the_card_over_a_kill(place: Path, tmp_path: Path) -> None:
     """Every step is clipped; the note of it comes at step 50, before the kill, and is still known at the end."""
     training = Training(steps=66, batch_size=2, clip=1e-6)

@@ -184,6 +184,7 @@ def test_two_processes_in_one_folder_are_refused(
     assert f"is not empty; to go on with the run in it: lamina train --resume {run}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_or_none(
     place: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

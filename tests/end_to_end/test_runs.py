@@ -74,6 +74,7 @@ def test_a_folder_in_use_is_not_touched(place: Path, tmp_path: Path) -> None:
     assert (run / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_run_and_resuming_does_not_go_on(place: Path, tmp_path: Path) -> None:
     """At a rate this small the first evaluation is the best: rounding decides between equals, and the first one stays."""
     training = Training(steps=50, batch_size=3, learning_rate=1e-30, schedule="constant", warmup=0.0)
@@ -166,6 +167,7 @@ def test_an_adapter_without_effect_is_refused(place: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("rate", "warned"), [("1e-6", True), ("1e-2", False)])
+@pytest.mark.slow
 def test_an_update_too_small_for_bf16_is_told_before_the_run(
     rate: str, warned: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +192,9 @@ def test_an_update_too_small_for_bf16_is_told_before_the_run(
     assert ("update-too-small" in told) == warned
 
 
-@pytest.mark.parametrize("neutral", ["lamina:neutral.txt", None, "own"])
+@pytest.mark.parametrize(
+    "neutral", [*(pytest.param(it, marks=pytest.mark.slow) for it in ("lamina:neutral.txt", None)), "own"]
+)
 def test_the_card_of_a_run(neutral: str | None, place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (tmp_path / "own.txt").write_text("the cat sat on a mat and saw that it was good; " * 20, encoding="utf-8")
@@ -209,6 +213,8 @@ def test_the_card_of_a_run(neutral: str | None, place: Path, tmp_path: Path) -> 
     assert card["dose"]["scales"][0] == 0 and len(card["dose"]["task"]) == 7
     parts = {"data", "planning", "check", "load", "base_evaluation", "training", "evaluations", "saving", "card"}
     assert card["seconds"].keys() == parts | {"explanation"}
+    # The steps are a part of the training, which also opens the record and meets the heaviest micro-batch.
+    assert card["seconds"]["training"] > card["training_seconds"] > 0
     again = card_of(open_run(run)).as_json()
     assert {key: card[key] for key in again} == again, (
         "what the run's evaluations had computed is what is computed anew"
@@ -234,6 +240,7 @@ def test_neutral_text_beyond_the_models_vocabulary_is_left_out(place: Path, tmp_
     assert neutral_of(job(place, tmp_path / "run", evaluate=Evaluating(neutral=None)), pieces(), architecture) == []
 
 
+@pytest.mark.slow
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fine_tune(job(place, run))

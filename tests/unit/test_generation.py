@@ -84,6 +84,7 @@ def written_out(model: Decoder, prompt: list[int], steps: int, stop: AbstractSet
     penalty=st.sampled_from([1.0, 1.3]),
     max_position=st.sampled_from([15, 64]),
 )
+@pytest.mark.slow
 def test_a_batch_with_a_cache_gives_what_each_prompt_gives_alone_without(
     lengths: list[int], windows: tuple[int | None, ...], stop: set[int], penalty: float, max_position: int
 ) -> None:

@@ -2,11 +2,13 @@
 
 import re
 import tomllib
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from lamina import jobfile, jobs
-from lamina.job import SECTIONS, Job
+from lamina.job import SECTIONS, Job, settings_fingerprint
 from lamina.jobfile import Head
 from lamina.settings import build, read_toml, settings
 
@@ -86,6 +88,25 @@ def test_a_job_survives_the_way_through_its_file() -> None:
     text = jobfile.dump(job.sections())
     again = build(WHOLE, read_toml({k: v for k, v in tomllib.loads(text).items() if k != "version"}, WHOLE, "job.toml"))
     assert Job.of(again) == job
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "same"),
+    [
+        ("evaluate", {"eval_samples": 3, "eval_max_new_tokens": 7, "neutral": None}, True),
+        ("watch", {"samples": 0, "sample_tokens": 9, "ledger_every": 0}, True),
+        ("generate", {"temperature": 0.5}, True),
+        ("watch", {"eval_every": 7}, False),  # decides which adapter is the best, and when patience ends
+        ("train", {"batch_size": 5}, False),
+        ("data", {"max_length": 99}, False),
+    ],
+)
+def test_a_run_is_another_one_by_what_it_trains_and_not_by_what_is_measured_of_it(
+    section: str, changes: dict[str, Any], same: bool
+) -> None:
+    job = job_of("demo")
+    other = replace(job, **{section: replace(getattr(job, section), **changes)})
+    assert (settings_fingerprint(other, ()) == settings_fingerprint(job, ())) is same
 
 
 def test_the_neutral_text_is_plain_prose() -> None:

@@ -10,25 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from lamina.errors import CheckpointError
 from lamina.report.forms import Answer, Card, Check, Evaluation, Explanation, Step
+from lamina.report.ledger import History, read_ledger
 from lamina.report.record import read_metrics
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """``ledger.parquet``: norms of every matrix after every step, as matrices [steps, matrices]."""
-
-    steps: list[int]
-    places: list[tuple[int, str]]
-    update_norm: NDArray[np.float64]
-    relative: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -42,7 +31,7 @@ class Kept:
     card: Card | None
     explanation: Explanation | None
     check: Check | None
-    ledger: Ledger | None
+    ledger: History | None
     samples: list[Answer]
 
 
@@ -64,7 +53,7 @@ def read_kept(folder: Path) -> Kept:
         card=_json(Card, folder / "card.json"),
         explanation=_json(Explanation, folder / "explanation.json"),
         check=_json(Check, folder / "check.json"),
-        ledger=_ledger(folder / "ledger.parquet"),
+        ledger=read_ledger(folder),
         samples=_lines(folder / "samples.jsonl"),
     )
 
@@ -104,28 +93,6 @@ def _fit(kind: Any, value: Any, path: Path) -> Any:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise _damaged(path, f"{where}: {first['msg']}") from None
-
-
-def _ledger(path: Path) -> Ledger | None:
-    if not path.is_file():
-        return None
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    names = ["step", "layer", "module", "update_norm", "relative"]
-    try:
-        table = pyarrow.parquet.read_table(path, columns=names)
-        step, layer, module, norm, relative = (table.column(name).to_numpy(zero_copy_only=False) for name in names)
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise _damaged(path, str(error)) from None
-    places = list(dict.fromkeys(zip(layer.tolist(), module.tolist(), strict=True)))
-    steps = list(dict.fromkeys(step.tolist()))
-    if not steps:
-        return None
-    if len(step) != len(steps) * len(places):
-        raise _damaged(path, f"{len(step)} rows, expected {len(steps)} steps of {len(places)} matrices")
-    shape = (len(steps), len(places))
-    return Ledger(steps, places, norm.astype(np.float64).reshape(shape), relative.astype(np.float64).reshape(shape))
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

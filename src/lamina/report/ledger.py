@@ -79,7 +79,7 @@ class LedgerFile:
 
 
 def read_ledger(run: Path) -> History | None:
-    """The ledger of a run; None where it has none.
+    """The ledger of a run; None where it has none, or an empty one.
 
     Raises:
         CheckpointError: there is one, and it cannot be read.
@@ -93,12 +93,14 @@ def read_ledger(run: Path) -> History | None:
     try:
         table = pyarrow.parquet.read_table(path)
         steps, counts = np.unique(table["step"].to_numpy(), return_counts=True)
+        if not len(steps):
+            return None
         matrices = int(counts[0])
         layers, modules = (table[name].slice(0, matrices).to_pylist() for name in ("layer", "module"))
         values = [table[name].to_numpy().reshape(len(steps), matrices) for name in COLUMNS]
-    except (OSError, pyarrow.ArrowException, KeyError, IndexError, ValueError) as error:
+    except (OSError, pyarrow.ArrowException, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}); take it away to go on with a ledger that begins here"
+            f"{path}: cannot be read ({error}); take it away to go on with a ledger that begins here, or to have a page without one"
         ) from None
     return History(steps, tuple(map(Place, layers, modules)), np.stack(values, axis=1))
 

@@ -231,6 +231,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield server
 
 
+@pytest.mark.slow
 def test_hub(hub: Hub, tmp_path: Path) -> None:
     cases = {
         ("owner/set", "train", "v1"): "owner/set a0 a1 a2",

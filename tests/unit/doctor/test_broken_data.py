@@ -200,6 +200,7 @@ SENTENCES = st.lists(WORDS, min_size=4, max_size=12).map(" ".join)
     pairs=st.lists(st.tuples(SENTENCES, SENTENCES), min_size=4, max_size=8),
     form=st.sampled_from(["pair", "messages", "text"]),
 )
+@pytest.mark.slow
 def test_nothing_is_found_in_clean_data(pairs: list[tuple[str, str]], form: str, base: Path, tmp_path: Path) -> None:
     """Whatever the sentences say: each row tells its number, so that none repeats another."""
     numbered = [(f"{n} {q}?", f"{n} {a}.") for n, (q, a) in enumerate(pairs * (480 // len(pairs) + 1))]

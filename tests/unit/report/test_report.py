@@ -161,9 +161,9 @@ def test_an_empty_ledger_and_one_with_a_row_too_few(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table.slice(0, 0), folder / "ledger.parquet")
     assert "There is no ledger.parquet." in notes(folder)
     pyarrow.parquet.write_table(table.slice(1), folder / "ledger.parquet")
-    with pytest.raises(CheckpointError, match="1259 rows, expected 60 steps of 21 matrices"):
+    with pytest.raises(CheckpointError, match=r"ledger.parquet: cannot be read .*1259.*60"):
         report(folder)
-    write_ledger(folder / "ledger.parquet", 1, 1)
+    write_ledger(folder, 1, 1)
     assert any("1 of 7 matrices did not move" in note for note in notes(folder))
 
 

@@ -4,13 +4,15 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lamina.report import charts
 from lamina.report.chapters.words import fine_percent, layer_name, loss, percent
 from lamina.report.charts import Chart, Line
 from lamina.report.drawing import thin
 from lamina.report.forms import Cell, Explanation, Matrix, Ranks
-from lamina.report.kept import Kept, Ledger
+from lamina.report.kept import Kept
+from lamina.report.ledger import History
 from lamina.report.page import Page
 
 COLUMNS = 20
@@ -49,9 +51,9 @@ def growth(page: Page, kept: Kept) -> None:
     if kept.ledger is None:
         section.note("There is no ledger.parquet.")
         return
-    still = [place for n, place in enumerate(kept.ledger.places) if not kept.ledger.update_norm[-1, n] > 0]
+    still = [place for n, place in enumerate(kept.ledger.places) if not kept.ledger["update_norm"][-1, n] > 0]
     if still:
-        named = ", ".join(f"layer {layer} {module}" for layer, module in still[:LISTED])
+        named = ", ".join(f"layer {place.layer} {place.module}" for place in still[:LISTED])
         more = f", and {len(still) - LISTED} more" if len(still) > LISTED else ""
         section.text(f"{len(still)} of {len(kept.ledger.places)} matrices did not move: {named}{more}.")
     else:
@@ -59,7 +61,7 @@ def growth(page: Page, kept: Kept) -> None:
     section.chart(_total(kept.ledger), _by_layer(kept.ledger))
 
 
-def _maps(found: Explanation, ledger: Ledger | None) -> list[Chart]:
+def _maps(found: Explanation, ledger: History | None) -> list[Chart]:
     relative = {(cell.layer, cell.module): cell.relative for cell in found.map}
     if not any(relative.values()) and ledger is not None:
         relative = _from_ledger(found.map, ledger)
@@ -92,11 +94,11 @@ def _maps(found: Explanation, ledger: Ledger | None) -> list[Chart]:
     return [first, second]
 
 
-def _from_ledger(cells: Sequence[Cell], ledger: Ledger) -> dict[tuple[str, str], float | None]:
+def _from_ledger(cells: Sequence[Cell], ledger: History) -> dict[tuple[str, str], float | None]:
     """The last ‖ΔW‖/‖W‖ of the ledger, in the cells of the map."""
     last = {
-        (str(layer), module.rpartition(".")[2]): float(ledger.relative[-1, n])
-        for n, (layer, module) in enumerate(ledger.places)
+        (str(place.layer), place.module.rpartition(".")[2]): float(ledger["relative"][-1, n])
+        for n, place in enumerate(ledger.places)
     }
     return {(c.layer, c.module): last.get((layer_name(c.layer), c.module.rpartition(".")[2])) for c in cells}
 
@@ -191,26 +193,25 @@ def _ranks(ranks: Ranks) -> Chart:
     )
 
 
-def _total(ledger: Ledger) -> Chart:
-    norms = np.sqrt(np.square(ledger.update_norm).sum(1))
-    half = next(
-        (step for step, norm in zip(ledger.steps, norms, strict=True) if norm >= norms[-1] / 2), ledger.steps[-1]
-    )
+def _total(ledger: History) -> Chart:
+    steps = ledger.steps.tolist()
+    norms = _together(ledger["update_norm"])
+    half = next((step for step, norm in zip(steps, norms, strict=True) if norm >= norms[-1] / 2), steps[-1])
     return charts.lines(
         "The whole update",
         f"‖ΔW‖ of all matrices together. Half of its last value was reached at step {half:,}. It should level off as the learning rate "
         "falls.",
-        [Line("‖ΔW‖", ledger.steps, norms.tolist())],
+        [Line("‖ΔW‖", steps, norms)],
         "step",
         "‖ΔW‖ (Frobenius)",
     )
 
 
-def _by_layer(ledger: Ledger) -> Chart:
-    layers = sorted({layer for layer, _ in ledger.places})
+def _by_layer(ledger: History) -> Chart:
+    of = np.array([place.layer for place in ledger.places])
+    layers = sorted(set(of.tolist()))
     columns = thin(range(len(ledger.steps)), COLUMNS)
-    of = np.array([layer for layer, _ in ledger.places])
-    norms = [np.sqrt(np.square(ledger.update_norm[columns][:, of == layer]).sum(1)).tolist() for layer in layers]
+    norms = [_together(ledger["update_norm"][columns][:, of == layer]) for layer in layers]
     last = [row[-1] for row in norms]
     strongest = layers[max(range(len(last)), key=lambda n: last[n])]
     share = last[layers.index(strongest)] ** 2 / (sum(value**2 for value in last) or 1.0)
@@ -221,3 +222,9 @@ def _by_layer(ledger: Ledger) -> Chart:
         norms,
         ("layer", "step", "‖ΔW‖ (Frobenius)"),
     )
+
+
+def _together(norms: NDArray[np.float32]) -> list[float]:
+    """The norm of matrices together at each step, from the norm of each, [S, M]."""
+    found: list[float] = np.linalg.norm(norms.astype(np.float64), axis=1).tolist()
+    return found
