@@ -132,3 +132,24 @@ def test_numbers_stand_to_the_right_and_short_texts_are_not_broken() -> None:
     rows = [["1", "1.5 %", "3 min 20 s", "word", "–"], ["2", "−0.1", "1,024 MiB", "5", "[-1.0, 2.0]"]]
     assert Table("t", ["a", "b"], [["1", "long " * 9]]).kinds == ["s", ""]
     assert Table("t", list("abcde"), rows).kinds == ["s", "n", "n", "s", "s"]
+
+
+def texts(chart: charts.Chart) -> list[str]:
+    """What is written into a drawing, without its axes."""
+    return [text.get_text() for text in chart.figure.axes[0].texts]
+
+
+def test_values_are_written_into_a_map_only_where_they_fit() -> None:
+    def drawn(columns: int) -> list[str]:
+        names = ["0", "1"], [str(n) for n in range(columns)]
+        return texts(charts.heat("a", "b", names, [[1.0] * columns] * 2, ("layer", "step", "norm")))
+
+    assert drawn(10) == ["1"] * 20 and drawn(11) == []
+
+
+def test_what_hardly_differs_is_drawn_flat() -> None:
+    chart = charts.lines("a", "b", [charts.Line("loss", [1, 2], [6.79768625, 6.79768600])], "step", "loss")
+    low, high = chart.figure.axes[0].get_ylim()
+    assert high - low == pytest.approx(0.01 * 6.7977, rel=1e-3), "a hundredth of the values"
+    chart = charts.lines("a", "b", [charts.Line("loss", [1, 2], [1.0, 2.0])], "step", "loss")
+    assert chart.figure.axes[0].get_ylim() == pytest.approx((0.95, 2.05)), "matplotlib's own margin"
