@@ -171,11 +171,9 @@ def updating(explanation: Explanation | None) -> str:
     said += f". Most of it, by squared norm, is in {where}"
     if len(explanation.shares.layer) > 1:
         said += f", and of all layers most in layer {layer_name(layers[0][0])} ({percent(layers[0][1])})"
-    relative = sorted(
-        m.relation.relative for m in explanation.matrices if m.relation and m.relation.relative is not None
-    )
+    relative = [m.relation.relative for m in explanation.matrices if m.relation and m.relation.relative is not None]
     if relative:
-        said += f"; it changes a matrix by {fine_percent(relative[len(relative) // 2])} of its norm (median)"
+        said += f"; it changes a matrix by {fine_percent(statistics.median(relative))} of its norm (median)"
     return f"{said}."
 
 
