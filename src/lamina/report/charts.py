@@ -128,7 +128,7 @@ def bars(
     legend = _Legend(list(groups))
     with canvas(height, left=16 + width_of(names), top=12 + legend.height) as (figure, axes):
         wide = 0.8 / len(groups)
-        palette: tuple[Colour, ...] = ("tuned",) if len(groups) == 1 else ("base", "tuned", "dear")
+        palette: tuple[Colour, ...] = ("tuned",) if len(groups) == 1 else ("tuned", "third", "dear")
         for number, (group, values) in enumerate(groups.items()):
             places = [place - 0.4 + wide * (number + 0.5) for place in range(len(names))]
             lengths = [finite(value) or 0.0 for value in values]

@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgba
 
 from lamina.report import charts
-from lamina.report.drawing import svg, thin
+from lamina.report.drawing import COLOURS, svg, thin
 from lamina.report.page import Page, Points, Table, Token, Tokens
 
 HOSTILE = '<script>alert(1)</script>{{7*7}}{% raw %}" onload="x" \'&amp;\x00\x1b[2J\u202e\ud800 $a$ ]]>-->'
@@ -153,3 +154,9 @@ def test_what_hardly_differs_is_drawn_flat() -> None:
     assert high - low == pytest.approx(0.01 * 6.7977, rel=1e-3), "a hundredth of the values"
     chart = charts.lines("a", "b", [charts.Line("loss", [1, 2], [1.0, 2.0])], "step", "loss")
     assert chart.figure.axes[0].get_ylim() == pytest.approx((0.95, 2.05)), "matplotlib's own margin"
+
+
+def test_no_bar_but_the_bases_has_the_bases_colour() -> None:
+    chart = charts.bars("a", "b", ["x"], {"stop": [1.0], "exact": [0.5], "other": [0.2]}, "%")
+    drawn = {patch.get_facecolor() for patch in chart.figure.axes[0].patches}
+    assert len(drawn) == 3 and to_rgba(COLOURS["base"]) not in drawn

@@ -326,6 +326,14 @@ def test_spaces_that_were_learnt_can_be_seen(tmp_path: Path) -> None:
     assert '<span class="t context"> </span><span class="t much">␣<small>4.0→1.0</small></span>' in text
 
 
+def test_what_tokens_add_is_written_without_powers_of_ten(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    made = card("a", 60)
+    made["learnt"]["most"] = [{"text": "a", "count": 5385, "before": 15.517, "after": 2.531}]
+    dump(folder / "card.json", made)
+    assert '<td class="n">−69,930</td>' in html(folder)
+
+
 def test_smoothing_counts_tokens_and_keeps_a_constant() -> None:
     def step(number: int, loss: float, tokens: int) -> Step:
         return Step(step=number, loss=loss, tokens=9, supervised_tokens=tokens, learning_rate=1, grad_norm=1, seconds=1)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lamina.report import charts
-from lamina.report.chapters.words import certain, figure, interval_of, loss, nats, plain, rows_of, span
+from lamina.report.chapters.words import certain, figure, interval_of, loss, nats, rows_of, span
 from lamina.report.charts import Line
 from lamina.report.drawing import thin
 from lamina.report.forms import Answer, Card, Dose, Interval, Kl, Learnt, Side
@@ -219,7 +219,7 @@ def _lists(section: Section, learnt: Learnt) -> None:
 
 
 def _list(title: str, of: Sequence[Loss]) -> Table:
-    rows = [[_visible(t.text), f"{t.count:,}", loss(t.before), loss(t.after), plain(_total(t))] for t in of]
+    rows = [[_visible(t.text), f"{t.count:,}", loss(t.before), loss(t.after), _whole(_total(t))] for t in of]
     columns = ["token", "times", "before", "after", "in all"]
     return Table(
         title,
@@ -232,6 +232,10 @@ def _list(title: str, of: Sequence[Loss]) -> Table:
 
 def _total(token: Loss) -> float:
     return token.count * ((token.after or 0.0) - (token.before or 0.0))
+
+
+def _whole(nats: float) -> str:
+    return figure(nats, ",.0f" if abs(nats) >= 100 else ".3g").replace("-", "−")
 
 
 def _visible(text: str) -> str:
