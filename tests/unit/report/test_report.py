@@ -326,6 +326,15 @@ def test_spaces_that_were_learnt_can_be_seen(tmp_path: Path) -> None:
     assert '<span class="t context"> </span><span class="t much">␣<small>4.0→1.0</small></span>' in text
 
 
+def test_a_dose_curve_without_a_knee(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    made = card("a", 60)
+    made["dose"] |= {"knee": None, "rows": 1}
+    dump(folder / "card.json", made)
+    text = html(folder)
+    assert "so there is no knee. Measured on 1 row." in text and "more of it brings little" not in text
+
+
 def test_what_tokens_add_is_written_without_powers_of_ten(tmp_path: Path) -> None:
     folder = write_kept(tmp_path / "run")
     made = card("a", 60)

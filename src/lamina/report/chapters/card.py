@@ -182,7 +182,7 @@ def _dose(dose: Dose) -> charts.Chart:
     lines = [Line("held-out answers", dose.scales, dose.task, style="points")]
     if dose.neutral is not None:
         lines.append(Line("neutral text", dose.scales, dose.neutral, "third", "dashed"))
-    knee = ""
+    knee = "At no strength is the held-out loss clearly below the base's, so there is no knee. "
     marks = [(1.0, "as trained")]
     if dose.knee is not None:
         knee = f"From {dose.knee:g} on more of it brings little: the knee. "
