@@ -16,14 +16,15 @@ from lamina.report.chapters.adapter import adapter, growth
 from lamina.report.chapters.card import before_after, samples, tokens
 from lamina.report.chapters.cost import cost, findings, job
 from lamina.report.chapters.curves import curves
+from lamina.report.chapters.glossary import glossary
 from lamina.report.chapters.outcome import outcome
-from lamina.report.console import duration
+from lamina.report.chapters.words import lasting
 from lamina.report.kept import Kept, read_kept
 from lamina.report.page import Page
 from lamina.report.record import read_metrics, write_json
 
 NAME = "report.html"
-_CHAPTERS = (outcome, curves, before_after, tokens, adapter, growth, samples, cost, findings, job)
+_CHAPTERS = (outcome, curves, before_after, tokens, adapter, growth, samples, cost, findings, job, glossary)
 
 
 def report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -85,7 +86,7 @@ def page_of(kept: Kept) -> Page:
             ("steps", f"{card.steps:,}"),
             ("trained tokens", f"{card.supervised_tokens:,}"),
             ("adapter", f"{card.adapter_parameters:,} numbers"),
-            ("training", duration(card.training_seconds)),
+            ("training", lasting(card.training_seconds)),
             ("device", card.device),
         ]
     versions = "" if card is None else ", ".join(f"{package} {number}" for package, number in card.versions.items())

@@ -21,6 +21,10 @@ DRAWN = """[...document.querySelectorAll('.chart svg')].map(svg => {
 OUTSIDE = """[...document.querySelectorAll('body *')].filter(e =>
     e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll, svg, .skip')).map(e => e.outerHTML.slice(0, 90))"""
 
+# Tables that are wider than their place.
+BESIDE = """[...document.querySelectorAll('section > .scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e =>
+    e.getAttribute('aria-label').slice(0, 60))"""
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,6 +48,11 @@ def test_the_page_shows_whole_and_asks_for_nothing(chromium: Browser, page: Path
     assert all(w > 200 and h > 80 and paths > 3 and texts > 3 for w, h, paths, texts in drawn)
     assert chromium.evaluate("document.documentElement.scrollWidth") <= width
     assert chromium.evaluate(OUTSIDE) == []
+
+
+def test_before_and_after_stand_on_a_phone(chromium: Browser, page: Path) -> None:
+    chromium.show(page, 390)
+    assert not {"The measures", "Answers side by side"} & set(chromium.evaluate(BESIDE))
 
 
 def test_colours_follow_the_reader_and_can_be_told_apart(chromium: Browser, page: Path) -> None:
@@ -90,6 +99,9 @@ def test_it_prints(chromium: Browser, page: Path) -> None:
     assert len(data) > 50_000
     chromium.call("Emulation.setEmulatedMedia", media="print")
     assert chromium.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+    whole = "[...document.querySelectorAll('.code pre, section > .scroll')].every(e => e.scrollHeight <= e.clientHeight + 1)"
+    assert chromium.evaluate(whole), "the whole job is on paper"
+    assert chromium.evaluate(BESIDE) == [], "and no table sticks out of it"
     chromium.call("Emulation.setEmulatedMedia", media="")
 
 

@@ -31,7 +31,9 @@ POINTS = 240
 ROWS = 60
 """Rows of the table below a chart."""
 VALUES = 64
-"""Cells of a map up to which their values are written into them."""
+"""Cells of a map up to which their values are written into them, if its columns are at most ``WRITTEN``."""
+WRITTEN = 10
+_FLAT = 0.01
 _STYLES: dict[str, dict[str, Any]] = {
     "solid": {"linewidth": 2.0},
     "dashed": {"linewidth": 1.6, "linestyle": (0, (5, 3))},
@@ -104,6 +106,8 @@ def lines(
             _powers_of_two(axes, [at for line in of for at in line.x])
         if "y" in log and any((finite(value) or 0.0) > 0 for line in of for value in line.y):
             _logarithmic(axes)
+        else:
+            _at_least(axes)
         legend.draw(figure, axes)
     points = sorted({at for line in of for at in line.x})
     values = [dict(zip(line.x, line.y, strict=True)) for line in of]
@@ -124,7 +128,7 @@ def bars(
     legend = _Legend(list(groups))
     with canvas(height, left=16 + width_of(names), top=12 + legend.height) as (figure, axes):
         wide = 0.8 / len(groups)
-        palette: tuple[Colour, ...] = ("tuned",) if len(groups) == 1 else ("base", "tuned", "dear")
+        palette: tuple[Colour, ...] = ("tuned",) if len(groups) == 1 else ("tuned", "third", "dear")
         for number, (group, values) in enumerate(groups.items()):
             places = [place - 0.4 + wide * (number + 0.5) for place in range(len(names))]
             lengths = [finite(value) or 0.0 for value in values]
@@ -164,8 +168,8 @@ def heat(
     rows, columns = names
     known = [value for row in values for value in row if finite(value) is not None]
     edges = _edges([value for value in known if value is not None])
-    height = 94 + len(rows) * max(9, min(24, 380 / max(1, len(rows))))
-    with canvas(height, left=30 + width_of(rows), top=50) as (figure, axes):
+    height = 102 + len(rows) * max(9, min(24, 380 / max(1, len(rows))))
+    with canvas(height, left=30 + width_of(rows), top=58) as (figure, axes):
         _cells(axes, values, edges)
         every = -(-len(columns) // 16)
         axes.set_xticks(range(0, len(columns), every), shortened(columns[::every]))
@@ -218,6 +222,14 @@ class _Legend:
             figure.legend(handles, names, ncols=self.columns, fontsize=9.5, handlelength=1.8, **at)
 
 
+def _at_least(axes: Any) -> None:
+    """A y axis of at least a hundredth of its values, so that rounding looks like nothing, and its numbers are short."""
+    low, high = axes.get_ylim()
+    lacks = _FLAT * max(abs(low), abs(high)) - (high - low)
+    if lacks > 0:
+        axes.set_ylim(low - lacks / 2, high + lacks / 2)
+
+
 def _logarithmic(axes: Any) -> None:
     """A logarithmic y axis with plain numbers at 1, 2 and 5 times the powers of ten, or at the powers, where these are many."""
     from matplotlib.ticker import FuncFormatter, LogLocator
@@ -251,7 +263,7 @@ def _edges(values: Sequence[float]) -> list[float]:
 def _cells(axes: Any, values: Sequence[Sequence[float | None]], edges: Sequence[float]) -> None:
     from matplotlib.collections import PolyCollection
 
-    write = sum(map(len, values)) <= VALUES
+    write = sum(map(len, values)) <= VALUES and max(map(len, values), default=0) <= WRITTEN
     squares, shades = [], []
     for row, line in enumerate(values):
         for column, value in enumerate(line):
@@ -273,9 +285,9 @@ def _scale(figure: Any, axes: Any, edges: Sequence[float], label: str) -> None:
 
     shades = ScalarMappable(BoundaryNorm(list(edges), STEPS), ListedColormap(SHADES))
     place, high = axes.get_position(), 72 * figure.get_figheight()
-    box = figure.add_axes((place.x0, 1 - 41 / high, place.width, 8 / high))
+    box = figure.add_axes((place.x0, 1 - 49 / high, place.width, 8 / high))
     bar = figure.colorbar(shades, cax=box, orientation="horizontal", ticklocation="top", spacing="uniform")
     bar.set_ticks([edges[0], edges[STEPS // 2], edges[-1]], labels=[f"{edges[n]:.3g}" for n in (0, STEPS // 2, STEPS)])
-    bar.set_label(said(label))
+    bar.set_label(said(label), labelpad=9)  # letters are larger on a narrow page, and must not touch the values
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)

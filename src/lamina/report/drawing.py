@@ -53,7 +53,7 @@ _STYLE: Any = {
     "ytick.labelcolor": COLOURS["muted"],
     "text.color": COLOURS["ink"],
     "legend.frameon": False,
-    "legend.columnspacing": 3.2,  # in a narrow page the letters are larger
+    "legend.columnspacing": 5.0,  # in a narrow page the letters are larger
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",

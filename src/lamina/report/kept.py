@@ -6,6 +6,7 @@ what it is given, and what does not fit is one line that names the file and the 
 """
 
 import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kept:
-    """A run's folder; what is absent is None or empty."""
+    """A run's folder; what is absent is None or empty.
+
+    Attributes:
+        counted: what the losses are a mean of: "answer tokens", or "tokens" where prompts were learnt too.
+    """
 
     folder: Path
     job: str
@@ -33,6 +38,7 @@ class Kept:
     check: Check | None
     ledger: History | None
     samples: list[Answer]
+    counted: str = "answer tokens"
 
 
 def read_kept(folder: Path) -> Kept:
@@ -45,9 +51,10 @@ def read_kept(folder: Path) -> Kept:
         raise CheckpointError(f"{folder}: found no job.toml, expected the folder of a run")
     records = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
     metrics = folder / "metrics.jsonl"
+    job = _text(folder / "job.toml")
     return Kept(
         folder=folder,
-        job=_text(folder / "job.toml"),
+        job=job,
         steps=_fit(list[Step], [record for record in records if "loss" in record], metrics),
         evaluations=_fit(list[Evaluation], [record for record in records if "eval_loss" in record], metrics),
         card=_json(Card, folder / "card.json"),
@@ -55,7 +62,16 @@ def read_kept(folder: Path) -> Kept:
         check=_json(Check, folder / "check.json"),
         ledger=read_ledger(folder),
         samples=_lines(folder / "samples.jsonl"),
+        counted=_counted(job, folder / "job.toml"),
     )
+
+
+def _counted(job: str, path: Path) -> str:
+    try:
+        data = tomllib.loads(job).get("data")
+    except tomllib.TOMLDecodeError as error:
+        raise _damaged(path, str(error)) from None
+    return "tokens" if isinstance(data, dict) and data.get("train_on") == "everything" else "answer tokens"
 
 
 def _text(path: Path) -> str:

@@ -158,8 +158,8 @@ def _of_the_run(facts: Mapping[str, float], mended: Mapping[str, float]) -> Iter
 
 def _merged(facts: Mapping[str, float]) -> str:
     return (
-        f"merged into weights that training never saw, the model is {facts['kl']:.1e} nats a token (KL) from the one that was trained, "
-        f"merged into those it saw {max(facts['kl_seen'], 0.0):.1e}; its loss on {facts['tokens']:.0f} held-out answer tokens is "
+        f"the merged model is {facts['kl']:.1e} nats a token (KL) from the one that was trained, and {max(facts['kl_seen'], 0.0):.1e} if "
+        f"it is merged into the weights that training saw; its loss on {facts['tokens']:.0f} held-out answer tokens is "
         f"{facts['loss_merged']:.4f}, before the merge {facts['loss_trained']:.4f}"
     )
 

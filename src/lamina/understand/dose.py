@@ -48,7 +48,7 @@ class Dose:
         assert loss is not None, "a knee is at a finite loss"
         said = (
             f"dose: at {self.knee:g} of its strength the adapter has {(base - loss) / (base - best):.0%} of the gain that any "
-            f"strength has (loss {loss:.4f} on {self.rows} rows; at 1: {_said(at[1.0])})"
+            f"strength has (loss {loss:.4f} on {self.rows} row{'' if self.rows == 1 else 's'}; at 1: {_said(at[1.0])})"
         )
         if self.neutral is None:
             return said

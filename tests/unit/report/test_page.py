@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgba
 
 from lamina.report import charts
-from lamina.report.drawing import svg, thin
+from lamina.report.drawing import COLOURS, svg, thin
 from lamina.report.page import Page, Points, Table, Token, Tokens
 
 HOSTILE = '<script>alert(1)</script>{{7*7}}{% raw %}" onload="x" \'&amp;\x00\x1b[2J\u202e\ud800 $a$ ]]>-->'
@@ -132,3 +133,30 @@ def test_numbers_stand_to_the_right_and_short_texts_are_not_broken() -> None:
     rows = [["1", "1.5 %", "3 min 20 s", "word", "–"], ["2", "−0.1", "1,024 MiB", "5", "[-1.0, 2.0]"]]
     assert Table("t", ["a", "b"], [["1", "long " * 9]]).kinds == ["s", ""]
     assert Table("t", list("abcde"), rows).kinds == ["s", "n", "n", "s", "s"]
+
+
+def texts(chart: charts.Chart) -> list[str]:
+    """What is written into a drawing, without its axes."""
+    return [text.get_text() for text in chart.figure.axes[0].texts]
+
+
+def test_values_are_written_into_a_map_only_where_they_fit() -> None:
+    def drawn(columns: int) -> list[str]:
+        names = ["0", "1"], [str(n) for n in range(columns)]
+        return texts(charts.heat("a", "b", names, [[1.0] * columns] * 2, ("layer", "step", "norm")))
+
+    assert drawn(10) == ["1"] * 20 and drawn(11) == []
+
+
+def test_what_hardly_differs_is_drawn_flat() -> None:
+    chart = charts.lines("a", "b", [charts.Line("loss", [1, 2], [6.79768625, 6.79768600])], "step", "loss")
+    low, high = chart.figure.axes[0].get_ylim()
+    assert high - low == pytest.approx(0.01 * 6.7977, rel=1e-3), "a hundredth of the values"
+    chart = charts.lines("a", "b", [charts.Line("loss", [1, 2], [1.0, 2.0])], "step", "loss")
+    assert chart.figure.axes[0].get_ylim() == pytest.approx((0.95, 2.05)), "matplotlib's own margin"
+
+
+def test_no_bar_but_the_bases_has_the_bases_colour() -> None:
+    chart = charts.bars("a", "b", ["x"], {"stop": [1.0], "exact": [0.5], "other": [0.2]}, "%")
+    drawn = {patch.get_facecolor() for patch in chart.figure.axes[0].patches}
+    assert len(drawn) == 3 and to_rgba(COLOURS["base"]) not in drawn

@@ -13,6 +13,7 @@ from lamina.errors import CheckpointError
 from lamina.report.chapters.card import shade
 from lamina.report.chapters.curves import smoothed
 from lamina.report.chapters.outcome import answering, forgetting, learning, updating
+from lamina.report.chapters.words import fine_percent, lasting
 from lamina.report.forms import Card, Explanation, Step
 from lamina.report.kept import Kept, read_kept
 from lamina.report.page import Text
@@ -190,6 +191,53 @@ def test_whether_it_learnt(before: float, after: float, change: Any, said: str, 
     assert said in plain(learning(Card(**made), kept(tmp_path)))
 
 
+def test_a_change_that_is_sure_and_shows_nowhere(tmp_path: Path) -> None:
+    """A rate of 1e-9 moves the loss by 1e-7 on every row alike: sure, and nothing that was learnt."""
+    made = card("a", 2)
+    made["base"]["held_out"]["loss"], made["adapter"]["held_out"]["loss"] = 3.0, 2.9999997
+    made["difference"] = {"held_out.loss": [-3e-7, -4e-7, -2e-7]}
+    made["kl"] = {"neutral": {"mean": 4.6e-9, "interval": None, "tokens": 255}}
+    assert learning(Card(**made), kept(tmp_path)) == (
+        "Next to nothing was learnt: on 900 held-out answer tokens the loss stayed at 3.000 nats per token (a change of −3.0e−07)."
+    )
+    assert "by less than 0.0001 nats per token (KL)" in forgetting(Card(**made))
+    dump(tmp_path / "run" / "card.json", made)
+    text = html(tmp_path / "run")
+    assert "+0.000 [+0.000, +0.000]" in text and "−0.000" not in text
+
+
+def test_a_lower_loss_with_worse_guesses_is_not_called_learning(tmp_path: Path) -> None:
+    """A rate far too high flattens all predictions: the loss of what the base found very unlikely falls, and nothing is guessed."""
+    made = card("a", 60)
+    made["adapter"]["held_out"] |= {"loss": 2.5, "accuracy": 0.1}
+    made["difference"] = {"held_out.loss": [-0.5, -0.6, -0.4], "held_out.accuracy": [-0.4, -0.5, -0.3]}
+    said = plain(learning(Card(**made), kept(tmp_path)))
+    assert said.startswith("The loss fell, but the predictions became worse: ")
+    assert said.endswith("the right one is the first guess at 10 % of them instead of 50 %.")
+
+
+def test_tokens_are_not_called_answers_where_prompts_are_learnt_too(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    (folder / "job.toml").write_text('[data]\ntrain_on = "everything"\n', encoding="utf-8")
+    text = html(folder)
+    assert "on 900 held-out tokens the loss fell" in text and "nats per answer token" not in text
+    (folder / "job.toml").write_text("[data", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"job.toml: cannot be read \("):
+        report(folder)
+
+
+def test_warnings_and_notes_stand_beside_the_outcome(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    assert any(note.startswith("The doctor found 1 error before the run") for note in notes(folder))
+    dump(folder / "check.json", {"findings": [{"rule": "steps", "grade": "warning", "found": "few steps"}] * 2})
+    dump(folder / "card.json", card("a", 60) | {"ledger_notes": ["note, step 50: clipped"]})
+    assert {
+        "The doctor had 2 warnings before the run: see its findings below.",
+        "The ledger has 1 remark on how it trained: see How it grew.",
+        "note, step 50: clipped",
+    } <= set(notes(folder))
+
+
 def test_whether_it_stops() -> None:
     made = card("a", 60)
     assert "75 % end by themselves (base 75 %): many do not, so the end token was not learnt" in plain(
@@ -218,10 +266,30 @@ def test_what_was_forgotten(perplexity: float, change: Any, said: str) -> None:
     assert plain(forgetting(Card(**made))).startswith(said)
 
 
+def test_neutral_text_that_says_little() -> None:
+    made = card("a", 60)
+    made |= {"kl": {"neutral": {"mean": 0.4, "interval": None, "tokens": 255}}, "difference": {}}
+    made["base"]["neutral"]["perplexity"], made["adapter"]["neutral"]["perplexity"] = 10.0, 9.0
+    assert plain(forgetting(Card(**made))).endswith(
+        "(−10.0 %), but on it the two models differ by 0.4 nats per token (KL)."
+    )
+    made["base"]["neutral"]["perplexity"] = 4.6e6
+    assert forgetting(Card(**made)).startswith(
+        "What was forgotten is not known: the base itself cannot read the neutral text; "
+    )
+    made["base"]["neutral"]["perplexity"], made["adapter"]["neutral"]["perplexity"] = 2.7, 946.0
+    assert "(+34,937 %)" in plain(forgetting(Card(**made)))
+
+
 def test_what_the_update_is() -> None:
     found = explanation(3, 8)
     found["ranks"]["enough"] = 2
     assert "rank 2 would have done, losing at most 1 % of the improvement" in plain(updating(Explanation(**found)))
+    assert "improvement on the 7 rows that it was measured on" in plain(
+        updating(Explanation(**found | {"ranks": found["ranks"] | {"rows": 7, "held_out_rows": 160}}))
+    )
+    close = found["ranks"] | {"enough": None, "adapter_loss": found["ranks"]["base_loss"] - 1e-6}
+    assert "no rank can be said to do" in updating(Explanation(**found | {"ranks": close}))
     found["ranks"] |= {"enough": None, "adapter_loss": 4.0}
     assert "would have done" not in updating(Explanation(**found))
     assert updating(Explanation(**found | {"changes_nothing": True})).startswith("The adapter changes nothing")
@@ -233,6 +301,46 @@ def test_what_the_update_is() -> None:
 )
 def test_the_shades_of_tokens(before: float | None, after: float | None, name: str) -> None:
     assert shade(before, after) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.34, "34 %"), (0.0013, "0.13 %"), (1.3e-8, "less than 0.001 %"), (0.0, "0 %")]
+)
+def test_small_shares(value: float, said: str) -> None:
+    assert plain(fine_percent(value)) == said
+
+
+def test_a_short_time_has_its_tenths() -> None:
+    assert [plain(lasting(seconds)) for seconds in (0.49, 9.96, 78.0)] == ["0.5 s", "10 s", "1 min 18 s"]
+
+
+def test_spaces_that_were_learnt_can_be_seen(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    made = card("a", 60)
+    given = {"text": " ", "trained": False, "before": None, "after": None}
+    made["learnt"]["rows"] = [
+        {"row": 1, "tokens": [given, {"text": " ", "trained": True, "before": 4.0, "after": 1.0}]}
+    ]
+    dump(folder / "card.json", made)
+    text = html(folder)
+    assert '<span class="t context"> </span><span class="t much">␣<small>4.0→1.0</small></span>' in text
+
+
+def test_a_dose_curve_without_a_knee(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    made = card("a", 60)
+    made["dose"] |= {"knee": None, "rows": 1}
+    dump(folder / "card.json", made)
+    text = html(folder)
+    assert "so there is no knee. Measured on 1 row." in text and "more of it brings little" not in text
+
+
+def test_what_tokens_add_is_written_without_powers_of_ten(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    made = card("a", 60)
+    made["learnt"]["most"] = [{"text": "a", "count": 5385, "before": 15.517, "after": 2.531}]
+    dump(folder / "card.json", made)
+    assert '<td class="n">−69,930</td>' in html(folder)
 
 
 def test_smoothing_counts_tokens_and_keeps_a_constant() -> None:

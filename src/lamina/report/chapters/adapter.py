@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.report import charts
-from lamina.report.chapters.words import fine_percent, layer_name, loss, percent
+from lamina.report.chapters.words import fine_percent, layer_name, loss, percent, rows_of, slight
 from lamina.report.charts import Chart, Line
 from lamina.report.drawing import thin
 from lamina.report.forms import Cell, Explanation, Matrix, Ranks
@@ -37,7 +37,7 @@ def adapter(page: Page, kept: Kept) -> None:
         return
     section.chart(*_maps(found, kept.ledger))
     section.chart(_shares(found), *_spectrum(found.matrices))
-    section.chart(_energy(found), *([_ranks(found.ranks)] if found.ranks else []))
+    section.chart(_energy(found), *([_ranks(found.ranks, kept.counted)] if found.ranks else []))
     if found.ranks is None:
         section.note(f"No held-out loss at lower ranks: {found.not_measured or 'it was not measured'}.")
 
@@ -156,7 +156,7 @@ def _spectrum(matrices: Sequence[Matrix]) -> list[Chart]:
 def _energy(found: Explanation) -> Chart:
     x, y = [one.rank for one in found.energy], [100 * one.share for one in found.energy]
     fits = next((one.rank for one in found.energy if one.share >= 0.99 and one.rank < found.rank), None)
-    said = "No lower one keeps 99 %." if fits is None else f"Rank {fits} keeps 99 %."
+    said = "No lower one keeps 99\u00a0%." if fits is None else f"Rank {fits} keeps 99\u00a0%."
     return charts.lines(
         "Energy at lower ranks",
         f"Share of ‖ΔW‖² that is left when every matrix is truncated to a rank. {said}",
@@ -167,17 +167,21 @@ def _energy(found: Explanation) -> Chart:
     )
 
 
-def _ranks(ranks: Ranks) -> Chart:
+def _ranks(ranks: Ranks, counted: str) -> Chart:
     x = [one.rank for one in ranks.truncated]
     top = 2 * max(x, default=1)
-    where = f" Measured on {ranks.rows:,} of {ranks.held_out_rows:,} rows." if ranks.rows < ranks.held_out_rows else ""
+    where = (
+        f" Measured on {ranks.rows:,} of {rows_of(ranks.held_out_rows)}." if ranks.rows < ranks.held_out_rows else ""
+    )
     if ranks.adapter_loss >= ranks.base_loss:
         done = "The adapter is not better than the base here, so no rank can be said to do."
+    elif slight(ranks.base_loss - ranks.adapter_loss, ranks.base_loss):
+        done = "The adapter is hardly better than the base here, so no rank can be said to do."
     elif ranks.enough is None:
         done = "None of the lower ranks would have done."
     else:
         kept = next(one.loss for one in ranks.truncated if one.rank == ranks.enough)
-        done = f"Rank {ranks.enough} would have done: its loss is {loss(kept)}, within 1 % of the improvement."
+        done = f"Rank {ranks.enough} would have done: its loss is {loss(kept)}, within 1\u00a0% of the improvement."
     return charts.lines(
         "Which rank would have done",
         f"The held-out loss with the adapter truncated to lower ranks. {done}{where}",
@@ -187,7 +191,7 @@ def _ranks(ranks: Ranks) -> Chart:
             Line("base", [1, top], [ranks.base_loss] * 2, "base", "dashed"),
         ],
         "rank",
-        "loss (nats per answer token)",
+        f"loss (nats per {counted[:-1]})",
         log="x",
         marks=[] if ranks.enough is None else [(float(ranks.enough), "enough")],
     )
@@ -217,7 +221,7 @@ def _by_layer(ledger: History) -> Chart:
     share = last[layers.index(strongest)] ** 2 / (sum(value**2 for value in last) or 1.0)
     return charts.heat(
         "Layer by layer",
-        f"‖ΔW‖ of each layer over the steps. At the end layer {strongest} has most of it, {fine_percent(share)} of the squared norm.",
+        f"‖ΔW‖ of each layer over the steps. At the end layer {strongest} has the largest part, {fine_percent(share)} of the squared norm.",
         ([str(layer) for layer in layers], [str(ledger.steps[n]) for n in columns]),
         norms,
         ("layer", "step", "‖ΔW‖ (Frobenius)"),

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from lamina.report import charts
-from lamina.report.chapters.words import certain, interval_of, loss, percent, plain, span
+from lamina.report.chapters.words import certain, figure, interval_of, loss, nats, rows_of, span
 from lamina.report.charts import Line
 from lamina.report.drawing import thin
-from lamina.report.forms import Answer, Card, Dose, Interval, Learnt, Side
+from lamina.report.forms import Answer, Card, Dose, Interval, Kl, Learnt, Side
 from lamina.report.forms import Token as Loss
 from lamina.report.kept import Kept
 from lamina.report.page import Page, Section, Table, Token, Tokens
@@ -43,7 +43,7 @@ def before_after(page: Page, kept: Kept) -> None:
     """Adds the chapter of the card."""
     section = page.section(
         "Before and after",
-        "The untouched base beside the adapter, on the same held-out rows, of which neither has seen any.",
+        "The untouched base beside the adapter, on the same held-out rows; none of them was trained on.",
     )
     card = kept.card
     if card is None:
@@ -54,12 +54,12 @@ def before_after(page: Page, kept: Kept) -> None:
         section.note("Nothing was measured: no rows were held out and there is no neutral text.")
         return
     sure = any(interval_of(change) for change in card.difference.values())
-    caption = "In brackets 95 % intervals; a change whose interval holds 0 may be chance." if sure else ""
-    section.table(Table("The measures", ["measure", "base", "adapter", "change"], rows, caption))
+    caption = "In brackets 95\u00a0% intervals; a change whose interval holds 0 may be chance." if sure else ""
+    section.table(Table("The measures", ["measure", "base", "adapter", "change"], rows, caption, True))
     for name, what in (("answers", "held-out answers"), ("neutral", "neutral text")):
         if kl := (card.kl or {}).get(name):
             section.text(
-                f"On {what} the adapter's predictions are {kl.mean:.3g}{span(kl.interval, '.3g')} nats per token away from the base's "
+                f"On {what} the adapter's predictions are {_distance(kl)} nats per token away from the base's "
                 f"(KL divergence, {kl.tokens:,} tokens)."
             )
     _answers(section, card)
@@ -67,6 +67,11 @@ def before_after(page: Page, kept: Kept) -> None:
         section.chart(_dose(card.dose))
     else:
         section.note("No dose curve was measured.")
+
+
+def _distance(kl: Kl) -> str:
+    said = nats(kl.mean)
+    return said if said.startswith("less") else f"{said}{span(kl.interval, '.3g')}"
 
 
 def tokens(page: Page, kept: Kept) -> None:
@@ -77,7 +82,7 @@ def tokens(page: Page, kept: Kept) -> None:
     )
     learnt = None if kept.card is None else kept.card.learnt
     if learnt is None:
-        section.note("The card holds no losses of single tokens.")
+        section.note("The card holds no losses of single tokens: they are measured on held-out rows.")
         return
     for number, row in enumerate(learnt.rows):
         shown = row.tokens[:TOKENS]
@@ -106,9 +111,11 @@ def samples(page: Page, kept: Kept) -> None:
         rows.setdefault(sample.row, []).append(sample)
     for row, answers in rows.items():
         first = answers[0]
-        wanted = f" Expected: {_cut(first.reference)}" if first.reference else ""
+        wanted = f"Expected: {_cut(first.reference, 300)}" if first.reference else ""
         lines = [[f"{one.step:,}", _said(one)] for one in thin(answers, 12)]
-        section.table(Table(f"Row {row}: {_cut(first.prompt, 200)}", ["step", "answer"], lines, wanted))
+        section.table(
+            Table(f"Row {row}: {_cut(' '.join(first.prompt.split()), 120)}", ["step", "answer"], lines, wanted)
+        )
 
 
 def shade(before: float | None, after: float | None) -> str:
@@ -126,11 +133,11 @@ def _row(card: Card, name: str, part: str, measure: str, form: str, factor: floa
     change = card.difference.get(f"{part}.{measure}")
     delta = change[0] if change else after - before
     cells = [
-        f"{value * factor:{form}}{span(_times(_span(side, part, measure), factor), form)}"
+        f"{figure(value * factor, form)}{span(_times(_span(side, part, measure), factor), form)}"
         for value, side in ((before, card.base), (after, card.adapter))
     ]
-    moved = f"{delta * factor:+{form}}{span(_times(interval_of(change), factor), f'+{form}')}"
-    chance = " (may be chance)" if interval_of(change) and not certain(change) else ""
+    moved = f"{figure(delta * factor, f'+{form}')}{span(_times(interval_of(change), factor), f'+{form}')}"
+    chance = " (may be chance)" if delta and interval_of(change) and not certain(change) else ""
     return [name, *(cell.replace("-", "−") for cell in (*cells, moved + chance))]
 
 
@@ -175,7 +182,7 @@ def _dose(dose: Dose) -> charts.Chart:
     lines = [Line("held-out answers", dose.scales, dose.task, style="points")]
     if dose.neutral is not None:
         lines.append(Line("neutral text", dose.scales, dose.neutral, "third", "dashed"))
-    knee = ""
+    knee = "At no strength is the held-out loss clearly below the base's, so there is no knee. "
     marks = [(1.0, "as trained")]
     if dose.knee is not None:
         knee = f"From {dose.knee:g} on more of it brings little: the knee. "
@@ -183,7 +190,7 @@ def _dose(dose: Dose) -> charts.Chart:
     return charts.lines(
         "Dose",
         "The adapter at other strengths, 0 being the base. The strength with the lowest held-out loss is best for the task; what the "
-        f"line of neutral text rises by is the price. {knee}Measured on {dose.rows:,} rows.",
+        f"line of neutral text rises by is the price. {knee}Measured on {rows_of(dose.rows)}.",
         lines,
         "scale of the adapter",
         "loss (nats per token)",
@@ -195,6 +202,7 @@ def _token(token: Loss) -> Token:
     text = token.text.replace("\n", "⏎\n").replace("\t", "⇥")
     if not token.trained or token.before is None or token.after is None:
         return Token(text, "context")
+    text = text if text.strip(" ") else "␣" * len(text)
     return Token(text, shade(token.before, token.after), f"{_short(token.before)}→{_short(token.after)}")
 
 
@@ -207,26 +215,27 @@ def _lists(section: Section, learnt: Learnt) -> None:
         if of:
             section.table(_list(title, of[:LISTED]))
         else:
-            section.note(f"{title}: no token that occurs often enough to say so.")
+            section.note(f"{title}: none of the tokens that occur often.")
 
 
 def _list(title: str, of: Sequence[Loss]) -> Table:
-    rows = [
-        [_visible(t.text), f"{t.count:,}", loss(t.before), loss(t.after), percent(_gain(t), 0), plain(_total(t))]
-        for t in of
-    ]
-    columns = ["token", "times", "loss before", "loss after", "change", "nats altogether"]
+    rows = [[_visible(t.text), f"{t.count:,}", loss(t.before), loss(t.after), _whole(_total(t))] for t in of]
+    columns = ["token", "times", "before", "after", "in all"]
     return Table(
-        title, columns, rows, "Tokens of the held-out answers, by what they add to the change of the whole loss."
+        title,
+        columns,
+        rows,
+        "Tokens of the held-out answers: how often each is the right one, its mean loss before and after, and the change of all of them "
+        "together, in nats. In this order they make up the change of the whole loss.",
     )
-
-
-def _gain(token: Loss) -> float | None:
-    return (token.after or 0.0) / token.before - 1 if token.before else None
 
 
 def _total(token: Loss) -> float:
     return token.count * ((token.after or 0.0) - (token.before or 0.0))
+
+
+def _whole(nats: float) -> str:
+    return figure(nats, ",.0f" if abs(nats) >= 100 else ".3g").replace("-", "−")
 
 
 def _visible(text: str) -> str:

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 
 from lamina.report import charts
-from lamina.report.chapters.words import GIB, percent, size
+from lamina.report.chapters.words import GIB, lasting, percent, size
 from lamina.report.charts import Chart
-from lamina.report.console import duration
 from lamina.report.forms import Finding, Memory
 from lamina.report.kept import Kept
 from lamina.report.page import Page, Points
@@ -13,6 +12,7 @@ from lamina.report.page import Page, Points
 _PARTS = {
     "data": "reading the data",
     "planning": "planning the memory",
+    "check": "the doctor's check",
     "load": "loading the base",
     "base_evaluation": "evaluating the base",
     "training": "training steps",
@@ -40,7 +40,7 @@ def cost(page: Page, kept: Kept) -> None:
     if card is None or card.memory is None:
         section.note("There is no card.json with the memory plan and its measurement.")
     if card is None or not card.seconds:
-        trained = duration(sum(step.seconds for step in kept.steps))
+        trained = lasting(sum(step.seconds for step in kept.steps))
         section.note(f"The run's time was not split into its parts; its training steps took {trained}.")
 
 
@@ -91,7 +91,7 @@ def _time(seconds: Mapping[str, float]) -> Chart:
     share = seconds[largest] / total if total else 0.0
     return charts.bars(
         "Time",
-        f"{duration(total)} in all; {percent(share)} of it {_PARTS.get(largest, largest)}.",
+        f"{lasting(total)} in all; {percent(share)} of it {_PARTS.get(largest, largest)}.",
         [_PARTS.get(name, name) for name in known],
         {"seconds": [seconds[name] for name in known]},
         "time (s)",

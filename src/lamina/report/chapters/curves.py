@@ -42,10 +42,11 @@ def smoothed(steps: Sequence[Step]) -> list[float]:
 
 def _training(steps: Sequence[Step]) -> charts.Chart:
     x, raw, smooth = [step.step for step in steps], [step.loss for step in steps], smoothed(steps)
+    rose = "It rose, f" if smooth[-1] > smooth[0] else "F"
     return charts.lines(
         "Training loss",
-        f"From {loss(smooth[0])} to {loss(smooth[-1])}. Single steps jump because their rows differ; look at the strong line. It should "
-        "fall fast, then slowly.",
+        f"{rose}rom {loss(smooth[0])} to {loss(smooth[-1])}. Single steps jump because their rows differ; look at the strong "
+        "line. It should fall fast, then slowly.",
         [Line("each step", x, raw, style="faint"), Line("smoothed", x, smooth)],
         "step",
         "loss (nats per trained token)",
@@ -72,7 +73,7 @@ def _held_out(kept: Kept) -> list[charts.Chart]:
             caption,
             lines,
             "step",
-            "loss (nats per answer token)",
+            f"loss (nats per {kept.counted[:-1]})",
             log=_axis([*y, *([base] if base else [])]),
         )
     ]

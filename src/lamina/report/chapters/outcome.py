@@ -6,15 +6,34 @@ claimed, and where something was not measured that is the sentence.
 
 import math
 import statistics
+from collections.abc import Iterator
 
-from lamina.report.chapters.words import certain, fine_percent, interval_of, layer_name, loss, percent, plain, size
-from lamina.report.console import duration
-from lamina.report.forms import Card, Change, Explanation
+from lamina.report.chapters.curves import smoothed
+from lamina.report.chapters.words import (
+    certain,
+    figure,
+    fine_percent,
+    interval_of,
+    lasting,
+    layer_name,
+    loss,
+    nats,
+    percent,
+    plain,
+    rows_of,
+    size,
+    slight,
+)
+from lamina.report.forms import Card, Change, Explanation, Ranks
 from lamina.report.kept import Kept
 from lamina.report.page import Page, Sayings
 
 _TELLING = 0.05
 """Relative change of the perplexity of neutral text below which little was forgotten; four times as much is a lot."""
+_ILLEGIBLE = 1000.0
+"""Perplexity of neutral text above which a base cannot read it, so that it shows nothing."""
+_APART = 0.1
+"""Nats (KL) on neutral text above which a model writes it differently, even if not worse."""
 
 
 def outcome(page: Page, kept: Kept) -> None:
@@ -34,10 +53,20 @@ def outcome(page: Page, kept: Kept) -> None:
         ("Cost", costing(card)),
     ]
     section.add(Sayings(told))
-    if kept.check is not None and (grave := sum(finding.grade == "error" for finding in kept.check.findings)):
-        section.text(
-            f"The doctor found {_many(grave, 'error')} before the run: see its findings below before you trust any of this."
-        )
+    for remark in _remarks(card, kept):
+        section.text(remark)
+
+
+def _remarks(card: Card, kept: Kept) -> Iterator[str]:
+    """What has to be read beside the outcome."""
+    grades = [finding.grade for finding in kept.check.findings] if kept.check is not None else []
+    errors, warnings = grades.count("error"), grades.count("warning")
+    if errors:
+        yield f"The doctor found {_many(errors, 'error')} before the run: see its findings below before you trust any of this."
+    elif warnings:
+        yield f"The doctor had {_many(warnings, 'warning')} before the run: see its findings below."
+    if notes := len(card.ledger_notes):
+        yield f"The ledger has {_many(notes, 'remark')} on how it trained: see How it grew."
 
 
 def learning(card: Card, kept: Kept) -> str:
@@ -45,8 +74,9 @@ def learning(card: Card, kept: Kept) -> str:
     before, after = card.base.held_out, card.adapter.held_out
     if before is None or after is None:
         steps = kept.steps
+        ends = smoothed(steps)[:: max(1, len(steps) - 1)] if steps else []
         moved = (
-            f" The training loss went from {loss(steps[0].loss)} to {loss(steps[-1].loss)} nats per token."
+            f" The training loss (smoothed) went from {loss(ends[0])} to {loss(ends[-1])} nats per token."
             if steps
             else ""
         )
@@ -54,21 +84,28 @@ def learning(card: Card, kept: Kept) -> str:
     change = card.difference.get("held_out.loss")
     delta = after.loss - before.loss
     interval = interval_of(change)
-    sure = f" (95 % interval {loss(interval[0])} to {loss(interval[1])})" if interval else ""
+    sure = f" (95\u00a0% interval {loss(interval[0])} to {loss(interval[1])})" if interval else ""
     moved = f"from {loss(before.loss)} to {loss(after.loss)} nats per token, a change of {loss(delta)}{sure}"
+    on = f"on {after.tokens:,} held-out {kept.counted}"
     if not math.isfinite(delta) or delta == 0 or (interval and not certain(change)):
+        return f"O{on[1:]} the loss went {moved}: that cannot be told from no change, so nothing measurable was learnt."
+    if slight(delta, before.loss):
+        much = f"{delta:.1e}".replace("-", "−")
+        return f"Next to nothing was learnt: {on} the loss stayed at {loss(after.loss)} nats per token (a change of {much})."
+    hits = card.difference.get("held_out.accuracy")
+    if delta < 0 and hits is not None and certain(hits) and hits[0] < 0:
         return (
-            f"On {after.tokens:,} held-out answer tokens the loss went {moved}: that cannot be told from no change, so nothing "
-            "measurable was learnt."
+            f"The loss fell, but the predictions became worse: {on} it went {moved}, and yet the right one is the first guess at "
+            f"{percent(after.accuracy)} of them instead of {percent(before.accuracy)}."
         )
     chance = (
         f"it gives the right next token a probability of {_probability(after.loss)} (geometric mean) instead of "
         f"{_probability(before.loss)}"
     )
     if delta > 0:
-        return f"It became worse: on {after.tokens:,} held-out answer tokens the loss rose {moved}; {chance}."
+        return f"It became worse: {on} the loss rose {moved}; {chance}."
     much = "It learnt" if -delta > 0.02 * before.loss else "It learnt very little"
-    return f"{much}: on {after.tokens:,} held-out answer tokens the loss fell {moved}; {chance}."
+    return f"{much}: {on} the loss fell {moved}; {chance}."
 
 
 def answering(card: Card) -> str:
@@ -76,7 +113,8 @@ def answering(card: Card) -> str:
     before, after = card.base.answers, card.adapter.answers
     if before is None or after is None or after.stop_rate is None or before.stop_rate is None:
         return (
-            "No held-out prompts were answered, so whether it stops is not known (evaluate.eval_samples asks for some)."
+            "No held-out prompts were answered, so whether it stops is not known. They are asked where rows are held out that have "
+            "a prompt, and evaluate.eval_samples is not 0."
         )
     count = len(after.rows)
     of = f"Of its {count:,} answers to held-out prompts" if count else "Of its answers to held-out prompts"
@@ -102,12 +140,16 @@ def forgetting(card: Card) -> str:
     rise = after.perplexity / before.perplexity - 1 if before.perplexity > 0 else math.nan
     moved = f"the perplexity of neutral text went from {plain(before.perplexity)} to {plain(after.perplexity)}"
     kl = (card.kl or {}).get("neutral")
-    apart = "" if kl is None else f"; on it the two models differ by {kl.mean:.3g} nats per token (KL)"
+    far = kl is not None and kl.mean >= _APART
+    apart = "" if kl is None else f"{{}} on it the two models differ by {nats(kl.mean)} nats per token (KL)"
+    but, apart = apart.format(", but" if far else ";"), apart.format(";")
     change = _neutral_change(card)
+    if before.perplexity > _ILLEGIBLE:
+        return f"What was forgotten is not known: the base itself cannot read the neutral text; {moved}{apart}."
     if not math.isfinite(rise) or (interval_of(change) and not certain(change)):
-        return f"Nothing measurable was forgotten: {moved}{apart}."
+        return f"Nothing measurable was forgotten: {moved}{but}."
     if rise <= 0:
-        return f"Nothing was forgotten that the neutral text would show: {moved} ({_signed(rise)}){apart}."
+        return f"Nothing was forgotten that the neutral text would show: {moved} ({_signed(rise)}){but}."
     how = "Little was" if rise < _TELLING else "Something was" if rise < 4 * _TELLING else "Much was"
     return f"{how} forgotten: {moved} ({_signed(rise)}){apart}."
 
@@ -122,35 +164,41 @@ def updating(explanation: Explanation | None) -> str:
     said = f"It has rank {explanation.rank}"
     if effective:
         said += f" and uses it as {statistics.mean(effective):.1f} equal directions would (effective rank, mean)"
-    ranks = explanation.ranks
-    if ranks is not None and ranks.enough is not None:
-        said += f"; rank {ranks.enough} would have done, losing at most 1 % of the improvement"
-    elif ranks is not None and ranks.adapter_loss < ranks.base_loss:
-        said += "; no lower rank that was tried would have done"
+    said += "" if explanation.ranks is None else _enough(explanation.ranks)
     modules = sorted(explanation.shares.module.items(), key=lambda item: -item[1])[:2]
     layers = sorted(explanation.shares.layer.items(), key=lambda item: -item[1])[:1]
     where = " and ".join(f"{name} ({percent(share)})" for name, share in modules)
     said += f". Most of it, by squared norm, is in {where}"
     if len(explanation.shares.layer) > 1:
         said += f", and of all layers most in layer {layer_name(layers[0][0])} ({percent(layers[0][1])})"
-    relative = sorted(
-        m.relation.relative for m in explanation.matrices if m.relation and m.relation.relative is not None
-    )
+    relative = [m.relation.relative for m in explanation.matrices if m.relation and m.relation.relative is not None]
     if relative:
-        said += f"; it changes a matrix by {fine_percent(relative[len(relative) // 2])} of its norm (median)"
+        said += f"; it changes a matrix by {fine_percent(statistics.median(relative))} of its norm (median)"
     return f"{said}."
+
+
+def _enough(ranks: Ranks) -> str:
+    on = f" on the {rows_of(ranks.rows)} that it was measured on" if 0 < ranks.rows < ranks.held_out_rows else ""
+    better = ranks.base_loss - ranks.adapter_loss
+    if better <= 0:
+        return ""
+    if slight(better, ranks.base_loss):
+        return "; as next to nothing was learnt, no rank can be said to do"
+    if ranks.enough is None:
+        return f"; no lower rank that was tried would have done{on}"
+    return f"; rank {ranks.enough} would have done, losing at most 1\u00a0% of the improvement{on}"
 
 
 def costing(card: Card) -> str:
     """Time and memory."""
     seconds = sum(card.seconds.values()) or card.training_seconds
-    rate = f", {card.tokens / card.training_seconds:,.0f} tokens/s" if card.training_seconds > 0 else ""
+    rate = f" ({card.tokens / card.training_seconds:,.0f} tokens/s)" if card.training_seconds > 0 else ""
     said = (
         f"{_many(card.steps, 'step')} over {card.tokens:,} tokens, {card.supervised_tokens:,} of them with a loss, took "
-        f"{duration(card.training_seconds)} of training{rate}"
+        f"{lasting(card.training_seconds)} of training{rate}"
     )
     if seconds > card.training_seconds:
-        said += f" and {duration(seconds)} in all"
+        said += f", and the whole run {lasting(seconds)}"
     if card.memory is not None:
         planned = card.memory.planned.total_bytes
         said += f"; memory peaked at {size(card.memory.measured_bytes)}, planned were {size(planned)}"
@@ -167,7 +215,7 @@ def _probability(nats: float) -> str:
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}\u00a0%".replace("-", "−")
+    return f"{figure(100 * share, '+,.1f' if abs(share) < 10 else '+,.0f')}\u00a0%".replace("-", "−")
 
 
 def _many(count: int, what: str) -> str:
