@@ -221,13 +221,18 @@ def capacity(case: Case) -> Iterator[Finding]:
     numbers = sum(rank * sides[".".join(path.split(".")[3:])] for path, rank in case.ranks.items())
     holds, said = BITS * numbers, case.counts.learnt * NATS / math.log(2)
     if said > holds:
+        wanted, most = (
+            math.ceil(case.job.adapter.rank * said / holds),
+            min(map(min, shapes(case.architecture).values())),
+        )
         yield Finding(
             "capacity",
             "warning",
             f"the adapter's {numbers:,} numbers hold about {holds / 1e6:,.3g} million bits, the {case.counts.learnt:,} tokens to be "
             f"learnt say about {said / 1e6:,.3g} million (assumed: {BITS:g} bits a number, {NATS:g} nats a token)",
             "beyond its capacity LoRA learns slower than full fine-tuning would",
-            f"--rank {math.ceil(case.job.adapter.rank * said / holds)}, or more --targets",
+            f"--rank {min(wanted, most)}, or more --targets"
+            + ("; no adapter of this base holds it all" if wanted > most else ""),
         )
 
 
