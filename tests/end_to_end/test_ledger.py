@@ -148,7 +148,7 @@ def test_the_same_prompts_are_answered_at_every_evaluation(whole: Path, heard: H
     assert len(first) == 2
     assert {(sample["row"], sample["prompt"], sample["reference"]) for sample in samples} == first
     assert list(samples[0]) == ["step", "row", "prompt", "reference", "answer", "stopped"]
-    shown = [line for line in heard.lines if line.startswith(f"  row {samples[0]['row']}: “")]
+    shown = [line for line in heard.lines if line.startswith(f"  held-out row {samples[0]['row']}: “")]
     assert len(shown) == STEPS + 1
     assert all("\n" not in line and len(line) < 200 for line in shown)
 
