@@ -36,9 +36,9 @@ from lamina.understand.updates import Ranks, Update, places, powers
 COMPARED = 2**22
 """Adapted weights up to which a run's report compares the update with its base: about two seconds of dense SVDs on one core."""
 
-SHARE = 0.1
+SHARE = 0.05
 """Tokens on which a run's report measures lower ranks, all of them together, as a share of the tokens of its training. A
-forward pass costs about half of a training step, so this is a twentieth of the training's time."""
+forward pass costs about half of a training step, so this is a fortieth of the training's time."""
 
 
 def explain(

@@ -83,7 +83,9 @@ class Observing:
         self._samples.add(self._state.step, found)
         for answer in found.rows:
             ending = "" if answer.stopped else " …"
-            self._say(f"  held-out row {answer.row}: {_brief(answer.prompt, last=True)} → {_brief(answer.answer)}{ending}")
+            self._say(
+                f"  held-out row {answer.row}: {_brief(answer.prompt, last=True)} → {_brief(answer.answer)}{ending}"
+            )
 
     def save(self) -> None:
         """Writes the ledger. Before the state, so that it holds every step that the state has seen."""
