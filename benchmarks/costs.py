@@ -11,8 +11,6 @@ training has ended, so it stays measured as it grows. The run's own clock, where
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import shutil
@@ -25,6 +23,7 @@ from typing import Any
 import checkpoint
 import machine
 import numpy as np
+import results
 from workload import DATA, Shape
 
 HERE = Path(__file__).parent
@@ -165,23 +164,16 @@ def made(build: Path, shape: Shape) -> Path:
     return folder
 
 
-def append(what: str, model: str, settings: str, found: dict[str, Any], others: float) -> None:
-    """Appends a row."""
+def row_of(what: str, model: str, settings: str, found: dict[str, Any], others: float) -> dict[str, Any]:
+    """The row of a measurement."""
     import torch
 
-    new = not RESULTS.exists()
-    row = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "commit": machine.commit()}
-    row |= {"versions": f"torch {torch.__version__}", "machine": machine.machine(), "threads": torch.get_num_threads()}
+    row = results.origin("torch") | {"threads": torch.get_num_threads()}
     row |= {"what": what, "model": model, "settings": settings, "note": found["note"], "others": round(others, 3)}
     for name, pair in (("base", found["base"]), ("cost", found["cost"])):
         row |= {f"{name}_cpu_s": f"{pair[0]:.5f}", f"{name}_wall_s": f"{pair[1]:.5f}"}
     row |= {f"share_{kind}": f"{value:.4f}" for kind, value in zip(("cpu", "wall"), found["share"], strict=True)}
-    row["beside_cpu"] = "" if found["beside"] is None else f"{found['beside']:.4f}"
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    return row | {"beside_cpu": "" if found["beside"] is None else f"{found['beside']:.4f}"}
 
 
 def share_of_others(work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
@@ -231,7 +223,8 @@ def main() -> None:
         + f"; {found['note']}; other programs took {others:.0%}"
     )
     if given.model != "tiny" and given.steps is None:
-        append(given.what, given.model, f"rank {shape.rank}", found, others)
+        row = row_of(given.what, given.model, f"rank {shape.rank}", found, others)
+        results.append(RESULTS, [row], FIELDS)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ memory. Processor time is what can be compared where other programs run beside i
 """
 
 import argparse
-import csv
-import datetime
 import json
 import math
 import os
@@ -17,6 +15,7 @@ import time
 from pathlib import Path
 
 import machine
+import results
 import torch
 from checkpoint import LLAMA_2_7B
 from safetensors.torch import save_file
@@ -93,19 +92,8 @@ def main() -> None:
             flush=True,
         )
     if not options.tiny:
-        append(rows)
-
-
-def append(rows: list[dict[str, float]]) -> None:
-    fixed = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "commit": machine.commit()}
-    fixed |= {"versions": f"torch {torch.__version__}", "machine": machine.machine()}
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(fixed | {key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()})
+        rows = [{key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+        results.append(RESULTS, [results.origin("torch") | row for row in rows], FIELDS)
 
 
 if __name__ == "__main__":

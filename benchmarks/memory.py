@@ -6,8 +6,6 @@ memory above what the process had before the model was loaded. ``--tiny`` tries 
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import statistics
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import results
 from workload import Shape
 
 from lamina.process import prepare
@@ -177,28 +176,14 @@ def main() -> None:
     around = f"{min(ratios):.3f} to {max(ratios):.3f} of the plan, median {statistics.median(ratios):.3f}"
     print(f"{len(rows)} configurations: measured is {around}; {off} beyond 10 %")
     if not options.tiny and not options.only:
-        append(rows)
+        results.append(RESULTS, [results.origin("torch") | row_of(*row) for row in rows], FIELDS)
 
 
-def append(rows: list[tuple[str, dict[str, Any], float]]) -> None:
-    """Appends a row for each configuration."""
-    import torch
-
-    fixed = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "commit": machine.commit()}
-    fixed |= {"versions": f"torch {torch.__version__}", "machine": machine.machine()}
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        for name, report, ratio in rows:
-            sizes = {key: round(report[key] / 2**20, 1) for key in ("planned", "measured")}
-            items = {key: round(value / 2**20, 1) for key, value in report["items"].items()}
-            writer.writerow(
-                fixed
-                | {"configuration": name, "planned_mib": sizes["planned"], "measured_mib": sizes["measured"]}
-                | {"ratio": round(ratio, 3), "moment": report["moment"], "items": json.dumps(items)}
-            )
+def row_of(name: str, report: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """The row of a configuration."""
+    sizes = {f"{key}_mib": round(report[key] / 2**20, 1) for key in ("planned", "measured")}
+    items = json.dumps({key: round(value / 2**20, 1) for key, value in report["items"].items()})
+    return sizes | {"configuration": name, "ratio": round(ratio, 3), "moment": report["moment"], "items": items}
 
 
 if __name__ == "__main__":

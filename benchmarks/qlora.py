@@ -7,19 +7,17 @@ or others took the processors meanwhile.
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import machine
+import results
 import workload
 from run import NOISE
 
@@ -189,22 +187,9 @@ def append(rows: list[Row]) -> None:
             print(f"NOT WRITTEN: {row['what']}, {row['base']}: others took {row['others']:.0%}, more than {NOISE:.0%}")
     if not passed:
         return
-    fixed = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": machine.commit(),
-        "versions": " ".join(f"{name} {version(name)}" for name in ("torch", "bitsandbytes")),
-        "machine": machine.machine(),
-        "threads": machine.cores(),
-    }
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="")
-        if new:
-            writer.writeheader()
-        for row in passed:
-            short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(fixed | short)
-    print(f"\n{len(passed)} rows appended to {RESULTS.relative_to(machine.ROOT)}")
+    fixed = results.origin("torch", "bitsandbytes") | {"threads": machine.cores()}
+    short = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in passed]
+    results.append(RESULTS, [fixed | row for row in short], FIELDS)
 
 
 MODES = {"seven-b": seven_b, "share": share, "kernels": kernels}

@@ -7,6 +7,7 @@ import csv
 import datetime
 import json
 import statistics
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,13 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def origin(*packages: str) -> dict[str, str]:
+    """Where a row was measured: when, at which commit, with which versions, on which machine."""
+    date, commit, _ = stamp()
+    versions = " ".join(f"{name} {version(name)}" for name in packages)
+    return {"date": date, "commit": commit, "versions": versions, "machine": machine.machine()}
 
 
 def append(path: Path, rows: list[dict[str, Any]], fields: list[str]) -> None:

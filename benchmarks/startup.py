@@ -10,8 +10,6 @@ beside, and what does not become less with more threads is the imports. ``--tiny
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import shutil
@@ -24,6 +22,7 @@ from typing import Any
 
 import checkpoint
 import machine
+import results
 from workload import DATA, Shape
 
 HERE = Path(__file__).parent
@@ -169,21 +168,8 @@ def main() -> None:
             flush=True,
         )
     if not options.tiny:
-        append(rows)
-
-
-def append(rows: list[dict[str, Any]]) -> None:
-    import torch
-
-    fixed = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "commit": machine.commit()}
-    fixed |= {"versions": f"torch {torch.__version__}", "machine": machine.machine()}
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(fixed | {key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()})
+        rows = [{key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+        results.append(RESULTS, [results.origin("torch") | row for row in rows], FIELDS)
 
 
 if __name__ == "__main__":
