@@ -29,6 +29,7 @@ from lamina.model.weights import ModelSettings, used_tensors
 from lamina.opened import adapter_folder, held_out_of, open_run
 from lamina.ops.frozen import SharedBuffer
 from lamina.understand.alignment import relate
+from lamina.understand.budget import some
 from lamina.understand.explanation import Explanation
 from lamina.understand.factors import AdapterFile, Shrunk, open_adapter, save_truncated
 from lamina.understand.updates import Ranks, Update, places, powers
@@ -63,8 +64,8 @@ def explain(
         exact: decompose every matrix of the base fully; otherwise those above ``alignment.DENSE`` are estimated.
         losses: of a run: measure the held-out loss of base, adapter, and adapter truncated to ranks 1, 2, 4, …
         changes: other values for the run's settings of the model, such as its device.
-        tokens: of the held-out rows on which each of those losses is measured, about so many at most, in rows at even
-            distances; all rows if None.
+        tokens: of the held-out rows on which each of those losses is measured, at most so many, of rows drawn as those
+            of the card's dose curve are; all rows if None.
 
     Raises:
         AdapterError: no adapter there, a damaged one, one with features that are not computed, or of another base.
@@ -233,26 +234,9 @@ def _judged(
     """The explanation with held-out losses, or with why there are none."""
     if not len(held_out):
         return replace(explanation, not_measured="the run held out no rows")
-    rows: Iterable[Rendered] = held_out
-    count = len(held_out)
-    if tokens is not None:
-        rows = _some(held_out, tokens)
-        count = len(rows)
+    rows = held_out if tokens is None else [held_out[place] for place in some(held_out.lengths, tokens).tolist()]
     ranks = _ranks(model, rows, portion, powers(explanation.rank), found.kept)
-    return replace(explanation, ranks=replace(ranks, rows=count, held_out=len(held_out)))
-
-
-def _some(rows: TokenStore, tokens: int) -> list[Rendered]:
-    """Rows at even distances, of together at most so many tokens; one at least."""
-    every = max(1, -(-int(rows.lengths.sum()) // max(1, tokens)))
-    chosen, total = [rows[0]], len(rows[0].tokens)
-    for index in range(every, len(rows), every):
-        row = rows[index]
-        total += len(row.tokens)
-        if total > tokens:
-            break
-        chosen.append(row)
-    return chosen
+    return replace(explanation, ranks=replace(ranks, rows=len(rows), held_out=len(held_out)))
 
 
 def _ranks(

@@ -21,6 +21,7 @@ from lamina.opened import held_out_of, open_run
 from lamina.reporting import write_page
 from lamina.run import Silent, fine_tune
 from lamina.training.loop import Training
+from lamina.understand.budget import some
 
 ROW = "<script>alert(1)</script>{{7*7}}"
 
@@ -88,13 +89,19 @@ def test_the_model_is_afterwards_as_it_was_and_the_rows_are_bounded(run: Path) -
     assert all_rows.ranks is not None and (all_rows.ranks.rows, all_rows.ranks.held_out) == (3, 3)
     few = explain_trained(opened.model, run, opened.base, held_out, 4096, tokens=1)
     assert few.ranks is not None and few.ranks.rows == 1
-    assert few.ranks.adapter == evaluate(opened.model, [held_out[0]], 4096).loss
+    (place,) = some(held_out.lengths, 1)
+    assert few.ranks.adapter == evaluate(opened.model, [held_out[int(place)]], 4096).loss
     assert evaluate(opened.model, held_out, 4096).loss == loss
     for path, module in adapted(opened.model).items():
         assert module.a is before[path][0] and module.b is before[path][1] and module.scale == before[path][2]
 
 
-def test_a_bound_on_tokens_takes_rows_at_even_distances(run: Path) -> None:
+def test_a_bound_on_tokens_takes_the_rows_that_fit_it(run: Path) -> None:
+    lengths = held_out_of(open_run(run)).held_out.lengths
+    two = int(lengths[some(lengths, int(lengths.sum()) - 1)].sum())
+    ranks = explain(run, tokens=two).ranks
+    assert ranks is not None and (ranks.rows, ranks.held_out) == (2, 3)
+    assert explain(run, tokens=two - 1).ranks != ranks
     ranks = explain(run, tokens=1).ranks
     assert ranks is not None and (ranks.rows, ranks.held_out) == (1, 3)
     assert explain(run, tokens=10**9).ranks == explain(run).ranks
