@@ -177,6 +177,11 @@ def test_rows_of_the_wrong_kind_are_not_read_to_their_end(base: Path, tmp_path: 
     assert len(told["broken-rows"].rows) == 1000
 
 
+def test_copies_are_told_by_their_rows(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", clean() + clean(40))
+    assert found(base, rows, eval_fraction=0.0)["repeated-rows"].rows == tuple(range(481, 521))
+
+
 def test_own_held_out_rows_that_also_stand_in_training(base: Path, tmp_path: Path) -> None:
     data, held = (
         write_rows(tmp_path / "a.jsonl", clean()),

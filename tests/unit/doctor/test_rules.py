@@ -140,6 +140,8 @@ def test_the_capacity_of_the_adapter() -> None:
         in finding.found
     )
     assert "capacity" not in told(case(adapter=replace(small, rank=2)))
+    beyond = told(case(adapter=small, counts=replace(COUNTS, learnt=10**9)))["capacity"]
+    assert beyond.mend == "--rank 4096, or more --targets; no adapter of this base holds it all", "no rank is higher"
 
 
 def test_what_the_tokens_tell() -> None:
