@@ -114,7 +114,7 @@ def samples(page: Page, kept: Kept) -> None:
         wanted = f"Expected: {_cut(first.reference, 300)}" if first.reference else ""
         lines = [[f"{one.step:,}", _said(one)] for one in thin(answers, 12)]
         section.table(
-            Table(f"Row {row}: {_cut(' '.join(first.prompt.split()), 120)}", ["step", "answer"], lines, wanted)
+            Table(f"Held-out row {row}: {_cut(' '.join(first.prompt.split()), 120)}", ["step", "answer"], lines, wanted)
         )
 
 
