@@ -29,7 +29,7 @@ SCOPES = {
     "_CrossEntropySum": "loss",
     "_AdaptedLinear": "adapted linear",
     "_Rotate": "rotary",
-    "_InBlocks": "attention",
+    "_Kernel": "attention",
     "_RMSNorm": "norm",
     "NormBackward": "norm",
     "rms_norm": "norm",

@@ -8,10 +8,9 @@ Measured in docs/log.md; everything here is a default that the environment overr
 * ``ONEDNN_PRIMITIVE_CACHE_CAPACITY``, ``LRU_CACHE_CAPACITY``: in bf16 on a CPU every shape of a matrix product is compiled and
   kept, a third to one and a half megabytes each, up to 1,024 of them in each of two caches. Micro-batches differ in
   length, so a run grew by more than a gigabyte in its first hundred steps. 256 are more than a micro-batch uses.
-* ``THP_MEM_ALLOC_ENABLE``: tensors of two megabytes and more lie in huge pages. Memory fresh from the system costs a fault a
-  page, and 512 times fewer pages cost less.
-* glibc's allocator raises the size from which memory goes back to the system at once to what was freed last, up to 32 MB;
-  what is smaller stays, in pieces that do not fit what comes next: 20 to 80 % more than the tensors. The size is fixed here.
+* glibc's allocator gives memory back to the system when it is freed, and takes it fresh for the next tensor: the system fills
+  it with zeros, a fault for every page. That was a tenth of a training step. Freed memory is kept here, for the next tensor; what
+  lies in holes between tensors then costs some five per cent of memory. Tensors in huge pages of their own do not fit into such holes.
 """
 
 import ctypes
@@ -24,11 +23,10 @@ _ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(PRIMITIVES),
     "LRU_CACHE_CAPACITY": "1",
-    "THP_MEM_ALLOC_ENABLE": "1",
 }
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-LARGE = 2**21
-"""Bytes from which on a tensor has pages of its own, of this size: an allocation that goes back when it is freed."""
+KEPT = 2**30
+"""Bytes up to which freed memory is kept, and from which on a tensor has pages of its own, which go back when it is freed."""
 
 
 def prepare() -> None:
@@ -41,5 +39,5 @@ def prepare() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return  # not glibc
-    mallopt(_MMAP_THRESHOLD, LARGE)
-    mallopt(_TRIM_THRESHOLD, 16 * LARGE)
+    mallopt(_MMAP_THRESHOLD, KEPT)
+    mallopt(_TRIM_THRESHOLD, KEPT)

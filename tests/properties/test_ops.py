@@ -44,7 +44,10 @@ def test_packed_attention_is_that_of_each_example_alone(
 ) -> None:
     torch.manual_seed(seed)
     q, k, v = (torch.randn(sum(lengths), heads, 8) for heads in (4, 4 // groups, 4 // groups))
-    alone = [attend_causally(*parts, window) for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True)]
+    alone = [
+        attend_causally(*parts, [len(parts[0])], window)
+        for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+    ]
     assert torch.equal(Packed(lengths)(0, q, k, v, window), torch.cat(alone))
 
 

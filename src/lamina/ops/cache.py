@@ -57,13 +57,10 @@ class Cache:
         lengths = [self.used - self.starts[row] for row in rows]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-            out = []
-            parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
-            for row, (q, k, v) in zip(rows, parts, strict=True):
+            for row, k, v in zip(rows, key.split(lengths), value.split(lengths), strict=True):
                 self._keys[layer][row, :, self.starts[row] : self.used] = k.transpose(0, 1)
                 self._values[layer][row, :, self.starts[row] : self.used] = v.transpose(0, 1)
-                out.append(attend_causally(q, k, v, window))
-            return torch.cat(out)
+            return attend_causally(query, key, value, lengths, window)
 
         return attend
 

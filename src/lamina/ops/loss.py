@@ -7,7 +7,8 @@ training and as evaluation.
 
 A slice's logits stay in the hidden states' precision, are widened and normalised a few rows at a time, and give way in
 place to their own gradient. So the elementwise passes run over memory that a CPU's cache holds, and no slice exists in fp32.
-Rejected: exp(logit - logsumexp): a second exponential, and twice the time of the softmax and two maxima.
+Rejected: exp(logit - logsumexp): a second exponential, and twice the time of the softmax and two maxima. In bf16 on a CPU a kernel of
+our own does all of it row by row, where there is one (``native``); there a second exponential is cheaper than memory for the first.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina import native
 from lamina.ops.shapes import Bool, Float, Int
 
 IGNORED = -100
@@ -65,8 +67,11 @@ class _CrossEntropySum(torch.autograd.Function):
 def _slice(hidden: Tensor, vocabulary: Tensor, targets: Tensor, losses: Tensor, gradient: Tensor | None) -> None:
     """Writes the losses of a slice of rows, and their gradient; its logits are gone before the next slice has any."""
     logits = F.linear(hidden, vocabulary)
-    for part, target, loss in _chunks(logits, targets, losses):
-        _normalise(part, target[:, None], loss, differentiate=gradient is not None)
+    if native.takes(logits):
+        native.call("cross_entropy", logits, targets, losses, *logits.shape, int(gradient is not None))
+    else:
+        for part, target, loss in _chunks(logits, targets, losses):
+            _normalise(part, target[:, None], loss, differentiate=gradient is not None)
     if gradient is not None:
         torch.mm(logits, vocabulary, out=gradient)
 

@@ -2,7 +2,8 @@
 
 On a CPU torch composes it of simpler operations: each passes over a tensor of the whole batch, most of them in fp32, and
 autograd keeps fp32 copies of them. Here the same operations run over a few rows at a time, which a core's cache holds, and only
-x is kept, which the residual stream keeps anyway: the root of a few rows costs less to compute again than to remember.
+x is kept, which the residual stream keeps anyway: the root of a few rows costs less to compute again than to remember. In bf16 a
+kernel of our own makes it one pass, where there is one (``native``).
 The weight is frozen, and gets no gradient.
 """
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina import native
 from lamina.ops.shapes import Float
 
 CHUNK = 2**16
@@ -24,15 +26,27 @@ def plain(x: Float[Tensor, "*N D"], weight: Float[Tensor, " D"], eps: float) -> 
 
 
 def rms_norm(x: Float[Tensor, "*N D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "*N D"]:
-    """Computes ``plain`` in the same bits; on a CPU in chunks, with a backward pass of its own, to x only."""
+    """Computes ``plain``; on a CPU with a backward pass of its own, to x only.
+
+    The bits are those of ``plain``, or in bf16, where the kernel rounds but once, no farther from the truth.
+    """
     if x.device.type != "cpu" or weight.requires_grad:
         return plain(x, weight, eps)
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return _in_chunks(x, weight, eps)
+        return _forward(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _in_chunks(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _by_kernel(*tensors: Tensor) -> bool:
+    return tensors[0].shape[-1] % native.LANES == 0 and native.takes(*tensors)
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if _by_kernel(x, weight):
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        native.call("norm", x, weight, out, x.numel() // x.shape[-1], x.shape[-1], eps)
+        return out
     if x.numel() <= CHUNK:
         return plain(x, weight, eps)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -51,11 +65,16 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _in_chunks(x, weight, eps)
+        return _forward(x, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
+        if _by_kernel(x, weight, grad):
+            x, grad = x.contiguous(), grad.contiguous()
+            out = torch.empty_like(x)
+            native.call("norm_back", x, weight, grad, out, x.numel() // x.shape[-1], x.shape[-1], ctx.eps)
+            return out, None, None
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, out = weight.to(wide), torch.empty_like(x, memory_format=torch.contiguous_format)
         for x_rows, grad_rows, here in zip(*map(_chunks, (x, grad, out)), strict=True):

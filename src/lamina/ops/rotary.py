@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamina import native
 from lamina.ops.shapes import Float
 
 
@@ -14,9 +15,8 @@ def rotate(
     """Turns each pair (x_i, x_{i+h/2}) of a head by the angle of its token's position.
 
     ``out_i = x_i·cos - x_{i+h/2}·sin`` and ``out_{i+h/2} = x_{i+h/2}·cos + x_i·sin``; products and sums are rounded one by
-    one, as transformers does, so that the bits are the same.
+    one, as transformers does, so that the bits are the same; in bf16 on a CPU a kernel of our own rounds once, where there is one.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if not torch.is_grad_enabled():
         return _turn(x, cos, sin)  # in generation, where every microsecond of a step counts
     return _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call, no-any-return]
@@ -33,11 +33,17 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _turn(grad, cos, sin, back=True), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     half = x.shape[-1] // 2
+    if half % native.LANES == 0 and native.takes(x, cos, sin):
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        native.call("rotate", x, cos, sin, out, *x.shape, -1.0 if back else 1.0)
+        return out
+    cos, sin = cos.unsqueeze(1), -sin.unsqueeze(1) if back else sin.unsqueeze(1)
     low, high = x[..., :half], x[..., half:]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.sub(low * cos, high * sin, out=out[..., :half])

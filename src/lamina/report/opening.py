@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lamina import native
 from lamina.adapter import adapted
 from lamina.data.prepare import Prepared
 from lamina.data.render import show
@@ -47,8 +48,9 @@ def training_lines(model: Decoder, name: str, training: Training, steps: int, ev
         else ""
     )
     weights = model.vocabulary
+    place = weights.device.type + native.about(weights.device.type, weights.dtype)
     yield (
-        f"base: {name}, {frozen:,} frozen parameters{form}, {str(weights.dtype).removeprefix('torch.')} on {weights.device.type}; "
+        f"base: {name}, {frozen:,} frozen parameters{form}, {str(weights.dtype).removeprefix('torch.')} on {place}; "
         f"adapter: {trained:,} parameters in {len(modules)} matrices; saved are A and B only, {4 * trained / 1e6:,.1f} MB"
     )
     rule = "" if training.learning_rate else f", the rule of thumb for LoRA at width {model.architecture.width}"

@@ -13,9 +13,10 @@ from typing import Literal
 
 import torch
 
+from lamina import native
 from lamina.model.architecture import Architecture
 from lamina.model.quantised import Base
-from lamina.ops.attention import in_blocks, working_memory
+from lamina.ops.attention import by_kernel, working_memory
 from lamina.ops.loss import CHUNK, SLICE, WIDE_CHUNK
 from lamina.ops.norm import CHUNK as NORM_CHUNK
 from lamina.ops.swiglu import CHUNK as GATE_CHUNK
@@ -37,7 +38,6 @@ class Setup:
         dropout: whether the adapters' inputs are dropped at random.
         runtime: what the process takes beside tensors.
         holes: share of what a step allocates that lies unused between its tensors.
-        page: bytes of which a large tensor takes a whole number.
         ledger: whether A and B are copied around the optimiser's step, to see how far it moves them.
     """
 
@@ -51,8 +51,12 @@ class Setup:
     device: Literal["cpu", "cuda"] = "cpu"
     runtime: int = 0
     holes: float = 0.0
-    page: int = 1
     ledger: bool = False
+
+    def by_kernels(self, width: int) -> bool:
+        """Whether rows of this width go to the kernels of ``native``."""
+        dtype = torch.float32 if self.itemsize == FLOAT else torch.bfloat16
+        return width % native.LANES == 0 and native.available(self.device, dtype)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Layer:
         leaving: whether its output needs a gradient; where it does not, nothing is kept.
         attention, norm, mlp: what its first half keeps, the norm after it, and the rest.
         forward, backward: what the MLP needs beside in either direction, at most.
-        masks: what making the masks of examples longer than the window needs.
+        mixing_forward: what attention needs beside what is kept: the kernel, or making the masks of examples longer than the window.
         output: what of the first half o_proj keeps, which is gone when attention's backward pass comes.
         mixing: what that pass needs beside what is kept.
         qk_norms: what is kept when the gradients of the norms of queries and keys are computed, and what they need beside.
@@ -121,12 +125,16 @@ class Layer:
         self.qk_norms = 0, 0
         window = setup.architecture.windows[index]
         masked = [length for length in portion.lengths if window is not None and length > window]
-        dtype = torch.float32 if self.e == FLOAT else torch.bfloat16
-        blocked = [length for length in portion.lengths if in_blocks(length, window, setup.device, dtype)]
-        self.plainly = self.n - sum(blocked)  # tokens that SDPA attends, backward too
-        self.mixing = self._mixing(max(blocked, default=0)) if self.leaving else 0
+        width = setup.architecture.head_width
+        kernel = setup.by_kernels(width) and by_kernel(width, portion.lengths, window)
+        self.plainly = self.n * (not kernel)  # tokens that SDPA attends
+        self.mixing = self._mixing(max(portion.lengths)) if kernel and self.leaving else 0
         self.attention = self._attention(sum(length * length for length in masked))
-        self.masks = max(masked, default=0) ** 2 * (INDEX + 1)  # distances as indices, and a bool of each
+        self.mixing_forward = max(masked, default=0) ** 2 * (
+            INDEX + 1
+        )  # masks: distances as indices, and a bool of each
+        if kernel:
+            self.mixing_forward = working_memory(max(portion.lengths), width, "attention")
         self.norm = norm_kept(setup, self.n, setup.architecture.width) if self.middle else 0
         self.mlp, self.forward, self.backward = self._mlp()
         self.trainable = sum(self._trainable(name) for name in self.ranks)
@@ -160,10 +168,10 @@ class Layer:
         return kept + self.output
 
     def _mixing(self, longest: int) -> int:
-        """Gradients of the output of attention and of q, k and v, and what the blocks of the longest example need."""
+        """Gradients of the output of attention and of q, k and v, and what the kernel needs for the longest example."""
         a = self.setup.architecture
         gradients = self.n * (2 * a.heads + 2 * a.kv_heads) * a.head_width * self.e
-        return gradients + working_memory(longest, a.heads, a.kv_heads, a.head_width, self.e) if longest else 0
+        return gradients + working_memory(longest, a.head_width)
 
     def _mlp(self) -> tuple[int, int, int]:
         numbers = self.n * self.setup.architecture.mlp_width
@@ -181,7 +189,7 @@ class Layer:
         forward = stream * (not self.middle) + entry + unkept + max(inner * 2 * (not product), stream, dropping)
         # Backward: the gradients of the product and of both factors; what down_proj kept is gone,
         # which with dropout is more than the few rows that are computed again.
-        few = min(numbers, GATE_CHUNK.get(self.setup.device, numbers)) * self.e
+        few = min(numbers, GATE_CHUNK.get(self.setup.device, numbers)) * self.e * (not self.setup.by_kernels(numbers))
         return kept, forward, inner * (product * (not down) + gate + up) + few * (product and reads)
 
     def _read(self, names: list[str], needs: bool) -> int:
@@ -210,15 +218,16 @@ def norm_kept(setup: Setup, rows: int, width: int) -> int:
 
 
 def norm_working(setup: Setup, rows: int, width: int) -> int:
-    """What the backward pass of a norm needs beside what is kept: both gradients, and on a CPU three fp32 tensors of a few rows."""
-    few = min(rows * width, NORM_CHUNK) * 3 * FLOAT if setup.device == "cpu" else 0
+    """What the backward pass of a norm needs beside what is kept: both gradients, and three fp32 tensors of a few rows on a CPU
+    where torch computes it."""
+    few = min(rows * width, NORM_CHUNK) * 3 * FLOAT if setup.device == "cpu" and not setup.by_kernels(width) else 0
     return 2 * rows * width * setup.itemsize + few
 
 
 def loss_slices(setup: Setup, supervised: int) -> int:
-    """The logits of a slice of rows in the computation's dtype, and a few of them in fp32 with their softmax."""
+    """The logits of a slice of rows in the computation's dtype, and for torch a few of them in fp32 with their softmax."""
     few = min(supervised, CHUNK.get(setup.device, WIDE_CHUNK))
-    wide = few * FLOAT * (1 if setup.itemsize == FLOAT else 2)
+    wide = few * FLOAT * (1 if setup.itemsize == FLOAT else 2) * (not setup.by_kernels(native.LANES))
     return (min(supervised, SLICE) * setup.itemsize + wide) * setup.architecture.vocabulary
 
 

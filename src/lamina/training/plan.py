@@ -15,7 +15,6 @@ from lamina.model.architecture import Architecture
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import form_bytes
 from lamina.ops.int8 import ROWS as INT8_ROWS
-from lamina.process import LARGE
 from lamina.training.kept import (
     FLOAT,
     INDEX,
@@ -93,9 +92,8 @@ HOLES = {"cpu": 0.08, "cuda": 0.0}
 
 def in_process(setup: Setup) -> Setup:
     """The setup with what a process takes beside its tensors: resident memory on a CPU, the allocator's on CUDA."""
-    page = LARGE if setup.device == "cpu" else 1  # huge pages, which the command line asks for
     writer = WRITER if setup.device == "cpu" and setup.ledger else 0
-    return replace(setup, runtime=LIBRARIES[setup.device] + writer, holes=HOLES[setup.device], page=page)
+    return replace(setup, runtime=LIBRARIES[setup.device] + writer, holes=HOLES[setup.device])
 
 
 def ranks_of(architecture: Architecture, lora: LoRA) -> dict[str, int]:
@@ -195,8 +193,6 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     below = [n * a.head_width * e + 3 * n * INDEX]
     for index, layer in enumerate(layers):
         stream = 0 if portion.offload else n * a.width * e * layer.leaving
-        if stream >= setup.page:
-            stream = -(-stream // setup.page) * setup.page
         kept = stream if index < portion.checkpointed else layer.kept
         below.append(below[-1] + kept)
     kept = below[-1] + norm_kept(setup, n, a.width)
@@ -224,7 +220,7 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
     frozen = _product(setup, n, a.mlp_width, a.width)
     entry = stream * (not layer.entering)  # its input, where that is not kept as it is
     upon = stream * (again and layer.leaving)  # computed again, the gradient of its output is there already
-    yield "masks", 0, layer.attention + entry + upon, layer.masks
+    yield "attention", 0, layer.attention + entry + upon, layer.mixing_forward
     yield "forward", 0, layer.kept + entry + upon, max(layer.forward, stream + frozen)
     if layer.leaving:
         upon = stream * layer.middle + entry * again  # the gradient that goes past the MLP

@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamina.ops import attention
-from lamina.ops.attention import Packed, attend_causally, attend_in_blocks, attend_plainly
+from lamina import native
+from lamina.ops.attention import Packed, attend_causally, attend_plainly
 
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C compiler, so no kernels")
 LENGTHS = (1, 5, 12, 2, 30)
 
 
 def heads(
-    tokens: int, dtype: torch.dtype = torch.float32, queries: int = 4, keys: int = 2
+    tokens: int, dtype: torch.dtype = torch.float32, queries: int = 4, keys: int = 2, width: int = 16
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(tokens)
-    return tuple(torch.randn(tokens, count, 8, dtype=dtype) for count in (queries, keys, keys))  # type: ignore[return-value]
+    return tuple(torch.randn(tokens, count, width, dtype=dtype) for count in (queries, keys, keys))  # type: ignore[return-value]
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -34,12 +35,14 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 @pytest.mark.parametrize("keys", [1, 2, 4])
 def test_definition(window: int | None, keys: int) -> None:
     q, k, v = heads(12, torch.float64, keys=keys)
-    torch.testing.assert_close(attend_causally(q, k, v, window), by_hand(q, k, v, window), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attend_causally(q, k, v, [12], window), by_hand(q, k, v, window), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_packed_is_separate(window: int | None) -> None:
-    packed = [tensor.requires_grad_() for tensor in heads(sum(LENGTHS))]
+@pytest.mark.parametrize(
+    ("window", "dtype"), [(None, torch.float32), (4, torch.float32), (None, torch.bfloat16), (30, torch.bfloat16)]
+)
+def test_packed_is_separate(window: int | None, dtype: torch.dtype) -> None:
+    packed = [tensor.requires_grad_() for tensor in heads(sum(LENGTHS), dtype)]
     out = Packed(LENGTHS)(0, *packed, window)
     upstream = torch.randn_like(out)
     out.backward(upstream)
@@ -47,7 +50,7 @@ def test_packed_is_separate(window: int | None) -> None:
     for length in LENGTHS:
         rows = slice(start, start + length)
         alone = [tensor.detach()[rows].clone().requires_grad_() for tensor in packed]
-        expected = attend_causally(*alone, window)
+        expected = attend_causally(*alone, [length], window)
         expected.backward(upstream[rows])
         assert torch.equal(out[rows], expected)
         for one, other in zip(packed, alone, strict=True):
@@ -70,16 +73,18 @@ def test_one_example_moves_no_other(window: int | None, value: float) -> None:
     assert not torch.equal(after[rows], before[rows])
 
 
-def test_no_token_sees_a_later_one() -> None:
-    q, k, v = heads(12)
-    before = attend_causally(q, k, v)
-    k[7:], v[7:] = 1e3, -1e3
-    assert torch.equal(attend_causally(q, k, v)[:7], before[:7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_token_sees_a_later_one(dtype: torch.dtype) -> None:
+    q, k, v = heads(60, dtype)
+    before = attend_causally(q, k, v, [60])
+    k[37:], v[37:] = 1e3, -1e3
+    assert torch.equal(attend_causally(q, k, v, [60])[:37], before[:37])
 
 
-def test_lengths_that_do_not_cover_the_tokens_are_a_bug() -> None:
-    with pytest.raises(RuntimeError, match="split"):
-        Packed([3, 4])(0, *heads(8), None)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, RuntimeError), (torch.bfloat16, ValueError)])
+def test_lengths_that_do_not_cover_the_tokens_are_a_bug(dtype: torch.dtype, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Packed([3, 4])(0, *heads(8, dtype), None)
 
 
 def gradients(
@@ -92,70 +97,79 @@ def gradients(
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-@pytest.mark.parametrize("held", [1, 2**20])  # one key head at a time, and all
-@pytest.mark.parametrize("keys", [1, 2, 4])
-@pytest.mark.parametrize("tokens", [1, 4, 11])
-def test_blocked_gradient_by_finite_differences(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, keys: int, held: int
-) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 4)
-    monkeypatch.setattr(attention, "HELD", held)
-    inputs = [tensor.requires_grad_() for tensor in heads(tokens, torch.float64, keys=keys)]
-    assert torch.autograd.gradcheck(attend_in_blocks, inputs)
+def at_once(*inputs: Tensor) -> Tensor:
+    return attend_causally(*inputs, [len(inputs[0])])
 
 
-@pytest.mark.parametrize("width", [8, 16, 64, 128])
+@needs_kernels
+@pytest.mark.parametrize("width", [16, 48, 64, 128, 256])
 @pytest.mark.parametrize(("queries", "keys"), [(4, 4), (4, 2), (8, 1)])
-@pytest.mark.parametrize("tokens", [1, 2, 17, 63, 64, 65, 300, 513])
-def test_blocked_bf16_error_is_at_most_that_of_sdpa(tokens: int, queries: int, keys: int, width: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 17, 24, 25, 65, 300, 513])
+def test_bf16_error_of_the_kernel_is_at_most_that_of_sdpa(tokens: int, queries: int, keys: int, width: int) -> None:
     """1.2: the rule of the house for two orders of rounding in the same precision.
 
-    A gradient of a handful of numbers has an error of chance, so two tokens are looked at 32 times together.
+    Of a handful of numbers the error is chance, so two tokens are looked at 32 times together. One token attends to itself
+    alone: what should be zero, the gradients of query and key, is compared with nothing.
     """
-    errors = torch.zeros(2, 3, dtype=torch.float64)
-    for seed in range(32 if tokens == 2 else 1):
+    errors = torch.zeros(2, 4, dtype=torch.float64)
+    for seed in range(32 if tokens <= 2 else 1):
         torch.manual_seed(tokens * width + seed)
         inputs = tuple(torch.randn(tokens, count, width).bfloat16() for count in (queries, keys, keys))
         upstream = torch.randn(tokens, queries, width).bfloat16()
         truth = gradients(attend_plainly, inputs, upstream, torch.float64)
         plain = gradients(attend_plainly, inputs, upstream, torch.bfloat16)
-        ours = gradients(attend_in_blocks, inputs, upstream, torch.bfloat16)
-        assert torch.equal(ours[0], plain[0])
+        ours = gradients(at_once, inputs, upstream, torch.bfloat16)
         for row, found in enumerate((ours, plain)):
-            pairs = zip(found[1:], truth[1:], strict=True)
+            pairs = zip(found, truth, strict=True)
             errors[row] += torch.stack([(one.double() - other).square().sum() for one, other in pairs])
-    assert (errors[0].sqrt() <= 1.2 * errors[1].sqrt()).all()
+    measured = [0, 3] if tokens == 1 else [0, 1, 2, 3]
+    assert (errors[0].sqrt() <= 1.2 * errors[1].sqrt())[measured].all(), errors.sqrt()
 
 
+@needs_kernels
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 300.0])
+def test_scores_far_apart(scale: float) -> None:
+    """Probabilities of 0 and 1, and all alike: the exponential at its ends. Without upstream rounding the error is bf16's own."""
+    q, k, v = heads(100, torch.bfloat16)
+    q, k = (q * scale).bfloat16(), (k * scale).bfloat16()
+    upstream = torch.randn_like(q)
+    truth = gradients(attend_plainly, (q, k, v), upstream, torch.float64)
+    ours = gradients(at_once, (q, k, v), upstream, torch.bfloat16)
+    plain = gradients(attend_plainly, (q, k, v), upstream, torch.bfloat16)
+    for one, other, true in zip(ours, plain, truth, strict=True):
+        assert (one.double() - true).norm() <= 1.2 * (other.double() - true).norm() + 1e-3 * true.norm()
+
+
+@needs_kernels
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "window", "blocked"),
+    ("tokens", "dtype", "width", "window", "by_kernel"),
     [
-        (40, torch.bfloat16, None, True),
-        (40, torch.bfloat16, 40, True),
-        (40, torch.bfloat16, 39, False),
-        (15, torch.bfloat16, None, False),
-        (768, torch.bfloat16, None, False),
-        (40, torch.float16, None, False),
-        (40, torch.float32, None, False),
+        (40, torch.bfloat16, 16, None, True),
+        (40, torch.bfloat16, 16, 40, True),
+        (40, torch.bfloat16, 16, 39, False),
+        (40, torch.bfloat16, 8, None, False),
+        (40, torch.bfloat16, 272, None, False),
+        (40, torch.float16, 16, None, False),
+        (40, torch.float32, 16, None, False),
     ],
 )
-def test_backward_is_blocked_in_bf16_only(tokens: int, dtype: torch.dtype, window: int | None, blocked: bool) -> None:
-    q, k, v = (tensor.requires_grad_() for tensor in heads(tokens, dtype))
-    upstream = torch.randn(tokens, 4, 8).to(dtype)
-    chosen = gradients(lambda *inputs: attend_causally(*inputs, window), (q, k, v), upstream, dtype)
-    plain = gradients(lambda *inputs: attend_plainly(*inputs, window), (q, k, v), upstream, dtype)
-    assert torch.equal(chosen[0], plain[0])
-    assert all(torch.equal(one, other) for one, other in zip(chosen, plain, strict=True)) != blocked
+def test_what_goes_to_the_kernel(
+    tokens: int, dtype: torch.dtype, width: int, window: int | None, by_kernel: bool
+) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in heads(tokens, dtype, width=width))
+    out = attend_causally(q, k, v, [tokens], window)
+    assert ("_Kernel" in str(out.grad_fn)) == by_kernel
+    torch.testing.assert_close(out, attend_plainly(q, k, v, window), rtol=0.02, atol=0.02)
 
 
-def test_blocked_gradients_of_packed_examples_are_separate(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_kernels
+def test_gradients_of_packed_examples_are_separate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever one example holds, even NaN; memory that nobody has written holds NaN too."""
-    monkeypatch.setattr(attention, "BLOCK", 16)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     lengths = (17, 40, 33)
     rows = slice(17, 57)
     q, k, v = heads(sum(lengths), torch.bfloat16)
-    upstream = torch.randn(sum(lengths), 4, 8).bfloat16()
+    upstream = torch.randn_like(q)
     found = []
     torch.use_deterministic_algorithms(True)
     try:
@@ -171,12 +185,30 @@ def test_blocked_gradients_of_packed_examples_are_separate(monkeypatch: pytest.M
         others[rows] = False
         assert one.isfinite().all()
         assert torch.equal(one[others], other[others])
+        assert other[rows].isnan().all()
 
 
+@needs_kernels
+def test_threads_change_no_bit() -> None:
+    before, (q, k, v) = torch.get_num_threads(), heads(300, torch.bfloat16)
+    lengths, upstream = [100, 17, 183], torch.randn_like(q)
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(
+                gradients(lambda *inputs: attend_causally(*inputs, lengths), (q, k, v), upstream, torch.bfloat16)
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for more in found[1:] for one, other in zip(found[0], more, strict=True))
+
+
+@needs_kernels
 @pytest.mark.parametrize("tokens", [40, 140])
-def test_blocked_forward_keeps_only_its_inputs(tokens: int) -> None:
+def test_the_kernel_keeps_only_its_inputs(tokens: int) -> None:
     kept = []
     q, k, v = (tensor.requires_grad_() for tensor in heads(tokens, torch.bfloat16))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
-        attend_causally(q, k, v)
+        attend_causally(q, k, v, [tokens])
     assert kept == [q.data_ptr(), k.data_ptr(), v.data_ptr()]

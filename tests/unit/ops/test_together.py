@@ -14,12 +14,19 @@ from lamina.ops import attention, norm, swiglu
 from lamina.ops.loss import cross_entropy_sum
 
 LENGTHS = (330, 150, 70, 20)
-"""Several blocks of queries, a block that is not full, and the shortest that is attended in blocks at all."""
+"""Several blocks of queries, and a block that is not full."""
+
+
+def rotate_plainly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (low, high), cos, sin = x.chunk(2, -1), cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
 
 TWINS: dict[str, tuple[Any, str, Any]] = {
-    "attention": (attention, "attend_causally", attention.attend_plainly),
+    "attention": (attention, "by_kernel", lambda *_: False),
     "norm": (decoder, "rms_norm", norm.plain),
     "gate": (decoder, "swiglu", swiglu.plain),
+    "rotation": (decoder, "rotate", rotate_plainly),
 }
 """Where each op is called from, its name there, and what autograd differentiates instead."""
 

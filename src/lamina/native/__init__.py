@@ -1,0 +1,105 @@
+"""Kernels in C for what a training step does beside its matrix products, in bfloat16 on a CPU.
+
+torch composes a norm, a gate or a rotation of simpler operations, each a pass over the whole tensor, and its attention computes in
+fp32 what bf16 instructions do at twice the rate; together that was a third of a step (docs/log.md). ``attention.c`` and ``rows.c``
+make one pass of each. The compiler of the system makes a library of them for the very processor, once, in a second; it is kept in the
+user's cache. Where there is none, everything is computed by torch, as it is in every other precision and on every other device:
+the callers in ``ops`` ask with ``takes``, and their plain forms are what the kernels are tested against.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp")
+LANES = 16
+"""Numbers that a kernel takes at one time: widths are multiples of it."""
+
+SWITCH = "LAMINA_NATIVE"
+"""Environment variable: 0 leaves everything to torch."""
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels compute with these tensors."""
+    return all(available(x.device.type, x.dtype) for x in tensors)
+
+
+def available(device: str, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for a kind of device and a precision: for bf16 on a CPU, where there is a library."""
+    return device == "cpu" and dtype == torch.bfloat16 and library() is not None
+
+
+def call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Calls a kernel; tensors must be contiguous, None is a null pointer, and the number of threads is added."""
+    getattr(library(), name)(*map(_in_c, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _in_c(value: Tensor | int | float | None) -> object:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return value if value is None else ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
+
+
+def ask(name: str, *arguments: int) -> int:
+    """The answer of a function that counts."""
+    function = getattr(library(), name)
+    function.restype = ctypes.c_long
+    return int(function(*map(ctypes.c_long, arguments)))
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they are switched off or cannot be made."""
+    return _loaded()[0]
+
+
+def about(device: str, dtype: torch.dtype) -> str:
+    """For the lines that say what a run computes with: whose kernels these are, and why, where it could be otherwise."""
+    if device != "cpu" or dtype != torch.bfloat16:
+        return ""
+    return " by compiled kernels" if library() else f" by torch's own kernels ({_loaded()[1]}; a third slower)"
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    """The library, made if this processor has none yet, or why there is none."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH}=0"
+    if compiler is None or platform.system() != "Linux":
+        return None, "no C compiler" if compiler is None else "compiled on Linux only"
+    folder = Path(__file__).parent
+    command = [*shlex.split(compiler), *FLAGS, *map(str, sorted(folder.glob("*.c"))), "-lm"]
+    parts = [path.read_bytes() for path in sorted(folder.glob("*.[ch]"))] + [_processor(), " ".join(command).encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamina" / f"kernels-{key}.so"
+    try:
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=kept.parent) as made:  # moved when whole: others may be making it too
+                out = Path(made) / kept.name
+                subprocess.run([*command, "-o", str(out)], check=True, capture_output=True, text=True)
+                out.replace(kept)
+        return ctypes.CDLL(str(kept)), ""
+    except subprocess.CalledProcessError as error:
+        return None, f"{compiler} failed: {(error.stderr.strip() or 'it says nothing').splitlines()[0]}"
+    except OSError as error:
+        return None, str(error)
+
+
+def _processor() -> bytes:
+    """What the compiler makes the library for: a cache may be shared by machines with different processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"\n".join(line for line in lines if line.startswith((b"model name", b"flags", b"Features", b"CPU part")))

@@ -1,0 +1,82 @@
+/* Sixteen numbers at a time, in the vector types that GCC and Clang share, and bfloat16 in and out of them.
+
+   Nothing here names a processor but dot2. The compiler makes one AVX-512 instruction of an operation, two of AVX2, or four
+   of NEON. */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+typedef uint16_t bf16;
+typedef uint32_t pair; /* two neighbouring bf16, the first in the low half */
+typedef float floats __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(64), aligned(4)));
+typedef int32_t integers __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE floats load(const float *from) { return *(const floats *)from; }
+INLINE void store(float *to, floats x) { *(floats *)to = x; }
+INLINE words load_words(const pair *from) { return *(const words *)from; }
+INLINE void store_words(pair *to, words x) { *(words *)to = x; }
+INLINE words load_halves(const bf16 *from) { return __builtin_convertvector(*(const halves *)from, words); }
+INLINE floats all(float x) { return x - (floats){0}; }
+INLINE words all_words(pair x) { return x - (words){0}; }
+
+/* bfloat16 is the upper half of a float. */
+INLINE floats widen(const bf16 *from) { return (floats)(load_halves(from) << 16); }
+
+/* To the nearest bfloat16, ties to even; what is not a number stays so. */
+INLINE words rounded(floats x) {
+    words bits = (words)x, nearest = bits + 0x7fff + ((bits >> 16) & 1), broken = (words)(x != x);
+    return ((broken & 0x7fc00000u) | (~broken & nearest)) >> 16;
+}
+INLINE void narrow(bf16 *to, floats x) { *(halves *)to = __builtin_convertvector(rounded(x), halves); }
+
+INLINE float sum(floats x) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+INLINE float largest(floats x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+INLINE floats chosen(integers mask, floats yes, floats no) {
+    return (floats)((mask & (integers)yes) | (~mask & (integers)no));
+}
+
+INLINE floats larger(floats a, floats b) { return chosen(a > b, a, b); }
+
+/* eˣ to 2e-7 of its value; 0 below -87 and infinite above 88; what is not a number stays so. 2ⁿ is written into the exponent, the
+   rest is Cephes' polynomial. */
+INLINE floats exponential(floats exact) {
+    integers low = exact < -87.0f, high = exact > 88.0f;
+    floats x = chosen(low | high, all(0), exact);
+    floats whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    floats rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;
+    floats p = rest * 1.98756915e-4f + 1.39819995e-3f;
+    p = p * rest + 8.33345190e-3f;
+    p = p * rest + 4.16657959e-2f;
+    p = p * rest + 1.66666666e-1f;
+    p = p * rest + 5.00000012e-1f;
+    p = p * rest * rest + rest + 1.0f;
+    p = p * (floats)((__builtin_convertvector(whole, integers) + 127) << 23);
+    return chosen(low, all(0), chosen(high, all(INFINITY), p));
+}
+
+/* c + a·b of both bf16 of every pair, summed in fp32. */
+INLINE floats dot2(floats c, words a, words b) {
+#ifdef __AVX512BF16__
+    return (floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+    return c + (floats)(a << 16) * (floats)(b << 16) + (floats)(a & 0xffff0000u) * (floats)(b & 0xffff0000u);
+#endif
+}
