@@ -36,6 +36,7 @@ def ran(code: str, **environment: str) -> str:
 def test_made_once_and_kept(tmp_path: Path) -> None:
     assert ran(COUNT, XDG_CACHE_HOME=str(tmp_path)) == "True  by compiled kernels"
     (kept,) = (tmp_path / "lamina").iterdir()
+    assert kept.name.startswith("kernels-")
     before = kept.stat().st_mtime_ns
     assert ran(COUNT, XDG_CACHE_HOME=str(tmp_path)) == "True  by compiled kernels"
     assert [path.stat().st_mtime_ns for path in (tmp_path / "lamina").iterdir()] == [before]
@@ -87,3 +88,119 @@ def test_the_sources_compile_without_a_warning(flags: list[str], tmp_path: Path)
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+MEMORY = """
+import resource, sys
+import torch
+from lamina import native
+
+torch.set_num_threads(1)
+early = torch.ones(1_000_000)
+if sys.argv[1] == "kept":
+    assert native.keep_memory()
+pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = pages()
+for _ in range(10):
+    a, b = torch.ones(10_000_000), torch.ones(20_000_000)  # 40 and 80 MB, freed again
+    small = torch.ones(10)
+del early, a, b  # of either kind
+print(pages() - before)
+x = torch.randn(1000, 1000)
+x.resize_(3000, 1000)[1000:] = 1
+assert x[:1000].std() > 0.9 and (x[1000:] == 1).all()
+"""
+
+
+@needs_kernels
+def test_freed_memory_serves_the_next_tensor() -> None:
+    """Faults: those of the first two tensors in huge or in small pages, and none of the 18 others; torch's own all of them."""
+    faults = {}
+    for name in ("kept", "as it comes"):
+        done = subprocess.run([sys.executable, "-c", MEMORY, name], capture_output=True, text=True, check=True)
+        faults[name] = int(done.stdout.split()[0])
+    pages = 120_000_000 // 4096
+    assert faults["kept"] < 1.5 * pages
+    assert faults["as it comes"] > 5 * pages
+
+
+HOLES = """
+import random
+import torch
+from lamina import native
+
+assert native.keep_memory()
+random.seed(0)
+alive, bytes_alive, most = {}, 0, 0
+before = int(open("/proc/self/statm").read().split()[1]) * 4096
+for turn in range(3000):
+    if alive and random.random() < 0.5:
+        number = random.choice(list(alive))
+        tensor = alive.pop(number)
+        assert (tensor == number % 251).all(), "another tensor wrote here"
+        bytes_alive -= len(tensor)
+        del tensor
+    else:
+        size = random.choice([100, 70_000, 70_001, 500_000, 1_000_003])
+        alive[turn] = torch.full((size,), turn % 251, dtype=torch.uint8)
+        bytes_alive += size
+        most = max(most, bytes_alive)
+for number, tensor in alive.items():
+    assert (tensor == number % 251).all()
+alive.clear()
+del tensor
+whole = torch.empty(most, dtype=torch.uint8)  # neighbouring holes are one: all that was free holds the whole again
+resident = int(open("/proc/self/statm").read().split()[1]) * 4096 - before
+print(most, resident)
+"""
+
+
+@needs_kernels
+def test_tensors_do_not_overlap_and_holes_close() -> None:
+    """At random, the worst case: half as much again in holes; huge pages and torch's own first allocations beside it."""
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    most, resident = map(int, done.stdout.split())
+    assert resident < 1.5 * most + 20e6
+
+
+@needs_kernels
+def test_the_profiler_sees_tensors_as_before() -> None:
+    code = """
+import sys
+import torch
+from lamina import native
+if sys.argv[1] == "kept":
+    assert native.keep_memory()
+with torch.profiler.profile(profile_memory=True) as profiler:
+    x = torch.empty(1_000_000)
+    y = torch.empty(100)
+    del x
+print(sorted(event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage))
+"""
+    seen = [
+        subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout
+        for name in ("kept", "as it comes")
+    ]
+    assert "4000000" in seen[0] and seen[0] == seen[1]
+
+
+@needs_kernels
+def test_where_addresses_are_limited_torch_keeps_its_own() -> None:
+    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35)); from lamina import native; print(native.keep_memory())"
+    assert ran(code) == "False"
+
+
+@needs_kernels
+def test_no_memory_is_told_as_torch_tells_it() -> None:
+    code = """
+import torch
+from lamina import native
+assert native.keep_memory()
+try:
+    torch.empty(2**50, dtype=torch.uint8)
+except RuntimeError as error:
+    print(error)
+torch.ones(1_000_000)
+"""
+    assert "allocate memory" in ran(code)

@@ -21,6 +21,7 @@ LINES = 300
 # Top-level modules and folders of the package, lowest first: a module imports from its own layer or from lower ones.
 LAYERS = (
     {"errors", "section", "process"},
+    {"native"},
     {"ops"},
     {"model", "adapter", "adapter_files", "data"},
     {"training", "generation", "evaluation", "neutral"},

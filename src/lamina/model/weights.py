@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lamina import native, process
 from lamina.errors import ConfigError, ModelError
 from lamina.model.architecture import Architecture, read_config
 from lamina.model.checkpoint import Stored, stored_tensors, summary
@@ -105,7 +106,10 @@ def load_model(
     """
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     model, stored = outline(locate(name, revision), dtype, base, double_quant)
-    model.to_empty(device=pick_device(device) if isinstance(device, str) else device)
+    device = pick_device(device) if isinstance(device, str) else torch.device(device)
+    if device.type == "cpu" and process.PREPARED.is_set():
+        native.keep_memory()
+    model.to_empty(device=device)
     read_module(model, "", stored)
     if quantised_of(model):
         model.fingerprint = stored_fingerprint(model.architecture, stored)

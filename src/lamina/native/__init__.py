@@ -2,15 +2,17 @@
 
 torch composes a norm, a gate or a rotation of simpler operations, each a pass over the whole tensor, and its attention computes in
 fp32 what bf16 instructions do at twice the rate; together that was a third of a step (docs/log.md). ``attention.c`` and ``rows.c``
-make one pass of each. The compiler of the system makes a library of them for the very processor, once, in a second; it is kept in the
-user's cache. Where there is none, everything is computed by torch, as it is in every other precision and on every other device:
-the callers in ``ops`` ask with ``takes``, and their plain forms are what the kernels are tested against.
+make one pass of each, and ``memory.cpp`` keeps what torch frees for what it allocates next. The system's compiler makes libraries
+of them for the very processor, once, in two seconds; they stay in the user's cache. Where that cannot be done, everything is
+computed by torch, as it is in every other precision and on every other device: the callers in ``ops`` ask with ``takes``, and
+their plain forms are what the kernels are tested against.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import resource
 import shlex
 import shutil
 import subprocess
@@ -22,8 +24,12 @@ import torch
 from torch import Tensor
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp")
+MEMORY_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC")
 LANES = 16
 """Numbers that a kernel takes at one time: widths are multiples of it."""
+
+RANGE = 2**40
+"""Bytes of addresses that are reserved: more than a machine that computes on its CPU has memory."""
 
 SWITCH = "LAMINA_NATIVE"
 """Environment variable: 0 leaves everything to torch."""
@@ -59,29 +65,53 @@ def ask(name: str, *arguments: int) -> int:
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they are switched off or cannot be made."""
-    return _loaded()[0]
+    return _kernels()[0]
 
 
 def about(device: str, dtype: torch.dtype) -> str:
     """For the lines that say what a run computes with: whose kernels these are, and why, where it could be otherwise."""
     if device != "cpu" or dtype != torch.bfloat16:
         return ""
-    return " by compiled kernels" if library() else f" by torch's own kernels ({_loaded()[1]}; a third slower)"
+    return " by compiled kernels" if library() else f" by torch's own kernels ({_kernels()[1]}; a third slower)"
 
 
 @cache
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The library, made if this processor has none yet, or why there is none."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+def keep_memory() -> bool:
+    """Lays torch's large tensors from now on where freed memory serves the next one (``memory.cpp``); whether that could be done.
+
+    It is the whole process's memory, so only a process that is Lamina's own asks for it (``process.prepare``).
+    """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return False  # addresses are counted, and should be there for all
+    torch_folder = Path(torch.__file__).parent
+    flags = [*MEMORY_FLAGS, "-isystem", str(torch_folder / "include"), f"-L{torch_folder / 'lib'}"]
+    made, _ = _compiled("memory", _compiler("CXX", "c++", "g++", "clang++"), flags, "*.cpp", ["-lc10"])
+    return made is not None and bool(made.use_arena(ctypes.c_size_t(RANGE)))
+
+
+@cache
+def _kernels() -> tuple[ctypes.CDLL | None, str]:
+    return _compiled("kernels", _compiler("CC", "cc", "gcc", "clang"), [*FLAGS], "*.c", ["-lm"])
+
+
+def _compiler(variable: str, *names: str) -> str | None:
+    return os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
+
+
+def _compiled(
+    name: str, compiler: str | None, flags: list[str], sources: str, libraries: list[str]
+) -> tuple[ctypes.CDLL | None, str]:
+    """A library, made if there is none yet for this processor and this torch, or why there is none."""
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0"
     if compiler is None or platform.system() != "Linux":
         return None, "no C compiler" if compiler is None else "compiled on Linux only"
     folder = Path(__file__).parent
-    command = [*shlex.split(compiler), *FLAGS, *map(str, sorted(folder.glob("*.c"))), "-lm"]
-    parts = [path.read_bytes() for path in sorted(folder.glob("*.[ch]"))] + [_processor(), " ".join(command).encode()]
+    command = [*shlex.split(compiler), *flags, *map(str, sorted(folder.glob(sources))), *libraries]
+    parts = [path.read_bytes() for path in sorted(folder.glob("*.[ch]*"))]
+    parts += [_processor(), torch.__version__.encode(), " ".join(command).encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamina" / f"kernels-{key}.so"
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamina" / f"{name}-{key}.so"
     try:
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
