@@ -27,6 +27,8 @@ from lamina.run import Silent, fine_tune, resume
 from lamina.training.loop import Step, Training
 from lamina.understand.ledger import COLUMNS, Place, Row
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 STEPS, MATRICES = 6, 14
 
 
@@ -67,7 +69,7 @@ def job(place: Path, out: Path, **sections: Any) -> Job:
             "adapter": LoRA(rank=2, dropout=0.1),
             "train": Training(steps=STEPS, batch_size=3, learning_rate=1e-2),
             "watch": Watching(eval_every=1, save_every=2, sample_tokens=5),
-            "evaluate": Evaluating(eval_samples=0),
+            "evaluate": Evaluating(eval_samples=0, neutral=None),
             **sections,
         }
     )

@@ -26,6 +26,8 @@ from lamina.run import fine_tune, resume
 from lamina.training.loop import Training, memory_told
 from lamina.training.resume import locked
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,7 +50,7 @@ def job(place: Path, out: Path, base: str = "base", **sections: Any) -> Job:
             "adapter": LoRA(rank=2),
             "train": Training(steps=4, batch_size=3),
             "watch": Watching(eval_every=1),
-            "evaluate": Evaluating(eval_samples=0),
+            "evaluate": Evaluating(eval_samples=0, neutral=None),
             **sections,
         }
     )

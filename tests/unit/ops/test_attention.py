@@ -13,10 +13,10 @@ LENGTHS = (1, 5, 12, 2, 30)
 
 
 def heads(
-    tokens: int, dtype: torch.dtype = torch.float32, queries: int = 4, keys: int = 2
+    tokens: int, dtype: torch.dtype = torch.float32, queries: int = 4, keys: int = 2, width: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(tokens)
-    return tuple(torch.randn(tokens, count, 8, dtype=dtype) for count in (queries, keys, keys))  # type: ignore[return-value]
+    return tuple(torch.randn(tokens, count, width, dtype=dtype) for count in (queries, keys, keys))  # type: ignore[return-value]
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -98,9 +98,10 @@ def gradients(
 def test_blocked_gradient_by_finite_differences(
     monkeypatch: pytest.MonkeyPatch, tokens: int, keys: int, held: int
 ) -> None:
+    """Every input costs two forward and one backward pass, so heads are two numbers wide; blocks cut tokens and heads."""
     monkeypatch.setattr(attention, "BLOCK", 4)
     monkeypatch.setattr(attention, "HELD", held)
-    inputs = [tensor.requires_grad_() for tensor in heads(tokens, torch.float64, keys=keys)]
+    inputs = [tensor.requires_grad_() for tensor in heads(tokens, torch.float64, keys=keys, width=2)]
     assert torch.autograd.gradcheck(attend_in_blocks, inputs)
 
 

@@ -22,7 +22,9 @@ from lamina.model.weights import load_model
 from lamina.understand.budget import Sizes
 from lamina.understand.card import Asked, Card, measure
 
-SIZES = Sizes(portion=64, samples=0, new_tokens=4, compared=10_000, neutral=10_000, dosed=10_000)
+PORTION = 192
+"""Tokens at once: some portions for the rows of most tests, and not many, for each is a forward pass."""
+SIZES = Sizes(portion=PORTION, samples=0, new_tokens=4, compared=10_000, neutral=10_000, dosed=10_000)
 
 
 def stored(rows: list[Rendered]) -> TokenStore:
@@ -91,7 +93,7 @@ def test_nothing_held_out_and_yet_neutral_text() -> None:
 
 def test_the_distance_is_the_definitions() -> None:
     model, rows = tuned(torch.float64), examples(30)
-    base, _, kl = score_both(model, rows, 64)
+    base, _, kl = score_both(model, rows, PORTION)
     expected = []
     for row in rows:
         tokens = torch.from_numpy(row.tokens).long()
@@ -113,10 +115,10 @@ def test_the_distance_is_the_definitions() -> None:
 
 def test_one_pass_over_both_gives_the_scores_of_each_to_the_last_bit() -> None:
     model, rows = tuned(), examples(30)
-    base, adapter, _ = score_both(model, rows, 64)
+    base, adapter, _ = score_both(model, rows, PORTION)
     with adapter_scale(model, 0.0):
-        alone = score(model, rows, 64)
-    for found, expected in ((base, alone), (adapter, score(model, rows, 64))):
+        alone = score(model, rows, PORTION)
+    for found, expected in ((base, alone), (adapter, score(model, rows, PORTION))):
         for name in ("targets", "losses", "correct", "ends"):
             assert (getattr(found, name) == getattr(expected, name)).all(), name
     assert (base.losses != adapter.losses).any()
@@ -143,14 +145,14 @@ def test_only_some_slices_of_logits_exist(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_card_is_made_of_the_scores_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tuned(), examples(30)
     with adapter_scale(model, 0.0):
-        base = score(model, rows, 64)
-    adapter = score(model, rows, 64)
+        base = score(model, rows, PORTION)
+    adapter = score(model, rows, PORTION)
     expected = measure(asked(model), rows, examples(4, seed=9), SIZES)
     assert measure(asked(model), rows, examples(4, seed=9), SIZES, base, adapter) == expected
     held_out = expected.parts["held_out"].measures
     # Sums of rows' sums and sums of tokens: two orders of some 300 terms in float64.
     assert held_out["loss"].base == pytest.approx(evaluate_base(model, rows), rel=1e-13)
-    assert held_out["loss"].adapter == pytest.approx(evaluate(model, rows, 64).loss, rel=1e-13)
+    assert held_out["loss"].adapter == pytest.approx(evaluate(model, rows, PORTION).loss, rel=1e-13)
     for measured in held_out.values():
         for value, span in ((measured.base, measured.base_interval), (measured.adapter, measured.adapter_interval)):
             assert span is not None and span[0] < value < span[1]
@@ -160,7 +162,7 @@ def test_the_card_is_made_of_the_scores_that_are_known(monkeypatch: pytest.Monke
 
 def evaluate_base(model: Decoder, rows: list[Rendered]) -> float:
     with adapter_scale(model, 0.0):
-        return evaluate(model, rows, 64).loss
+        return evaluate(model, rows, PORTION).loss
 
 
 @pytest.mark.parametrize("form", ["plain", "nf4"])
@@ -174,10 +176,10 @@ def test_the_dose_curve_ends_at_base_and_adapter(form: str, tmp_path: Path) -> N
     curve = dict(zip(card.dose.scales, card.dose.task, strict=True))
     text = dict(zip(card.dose.scales, card.dose.neutral, strict=True))
     assert card.dose.rows == 20
-    assert (curve[0.0], curve[1.0]) == (evaluate_base(model, rows), evaluate(model, rows, 64).loss)
-    assert (text[0.0], text[1.0]) == (evaluate_base(model, neutral), evaluate(model, neutral, 64).loss)
+    assert (curve[0.0], curve[1.0]) == (evaluate_base(model, rows), evaluate(model, rows, PORTION).loss)
+    assert (text[0.0], text[1.0]) == (evaluate_base(model, neutral), evaluate(model, neutral, PORTION).loss)
     with adapter_scale(model, 1.25):
-        assert curve[1.25] == evaluate(model, rows, 64).loss
+        assert curve[1.25] == evaluate(model, rows, PORTION).loss
     assert len(set(curve.values())) == 7
 
 
