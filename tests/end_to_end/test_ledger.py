@@ -182,7 +182,9 @@ def test_nothing_held_out_asks_nothing(place: Path, tmp_path: Path) -> None:
 
 def test_rows_without_a_prompt_ask_nothing(place: Path, tmp_path: Path) -> None:
     data = DataSettings(data=str(place / "rows.jsonl"), eval_fraction=0.25, train_on="everything")
-    assert read_samples(fine_tune(job(place, tmp_path / "run", data=data)).folder) == []
+    run = fine_tune(job(place, tmp_path / "run", data=data)).folder
+    assert read_samples(run) == []
+    assert json.loads((run / "card.json").read_text())["counted"] == "tokens"
 
 
 @pytest.mark.parametrize("killed_at", [3, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))])

@@ -231,6 +231,16 @@ def test_tokens_are_not_called_answers_where_prompts_are_learnt_too(tmp_path: Pa
     (folder / "job.toml").write_text('[data]\ntrain_on = "everything"\n', encoding="utf-8")
     text = html(folder)
     assert "on 900 held-out tokens the loss fell" in text and "nats per answer token" not in text
+    assert "loss on held-out rows (nats per token)" in text and ">tokens predicted (%)" in text
+    assert "On held-out rows the adapter's" in text.replace("&#39;", "'")
+    assert "answer tokens" not in text and "Tokens of the held-out rows" in text
+    (folder / "job.toml").write_text("", encoding="utf-8")
+    assert "answer tokens predicted (%)" in html(folder)
+    dump(folder / "card.json", card("a", 60) | {"counted": "tokens"})
+    assert "answer tokens" not in html(folder), "the card knows: plain text is learnt whole, whatever the job says"
+    dump(folder / "card.json", card("a", 60) | {"counted": "words"})
+    with pytest.raises(CheckpointError, match=r"card.json: cannot be read \(counted: Input should be 'answer tokens'"):
+        report(folder)
     (folder / "job.toml").write_text("[data", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"job.toml: cannot be read \("):
         report(folder)
@@ -355,6 +365,14 @@ def test_what_tokens_add_is_written_without_powers_of_ten(tmp_path: Path) -> Non
     made["learnt"]["most"] = [{"text": "a", "count": 5385, "before": 15.517, "after": 2.531}]
     dump(folder / "card.json", made)
     assert '<td class="n">−69,930</td>' in html(folder)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_both_ends_of_an_interval_have_the_same_decimals(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    distance = {"mean": 0.0651, "interval": [0.0601, 0.07], "tokens": 900}
+    dump(folder / "card.json", card("a", 60) | {"kl": {"answers": distance, "neutral": None}})
+    assert "predictions are 0.0651 [0.0601, 0.0700] nats per token away" in html(folder)
 
 
 def test_smoothing_counts_tokens_and_keeps_a_constant() -> None:

@@ -1,6 +1,7 @@
 """The card reads its rows from disk one after another, measures both models on the same rows, and nothing where there is nothing."""
 
 import json
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_no_rows() -> None:
         found = card.as_json()
         assert found["base"] == {"held_out": None, "answers": None, "neutral": None}
         assert (found["difference"], found["kl"]) == ({}, {"answers": None, "neutral": None})
-        assert found["learnt"] is None and found["dose"] is None
+        assert found["learnt"] is None and found["dose"] is None and found["counted"] is None
 
 
 def test_nothing_held_out_and_yet_neutral_text() -> None:
@@ -202,6 +203,8 @@ def test_answers_of_both_and_none_where_there_is_no_prompt() -> None:
     card = measure(asked(model), prompted, [], replace(SIZES, samples=5))
     assert card.given is not None and len(card.given[0].rows) == len(card.given[1].rows) == 5
     assert len(card.answers()) == 3
+    assert card.measures()[0][0] == "held-out loss (nats per answer token)"
+    assert " nats per token of held-out answers" in card.lines()[0]
     found = card.as_json()
     assert set(found["adapter"]["answers"]["intervals"]) == {"stop_rate", "exact_match", "mean_tokens"}
     assert set(found["difference"]) >= {"held_out.loss", "answers.stop_rate", "answers.exact_match"}
@@ -209,7 +212,11 @@ def test_answers_of_both_and_none_where_there_is_no_prompt() -> None:
     card = measure(asked(model), everything, [], replace(SIZES, samples=5))
     assert card.given is None and card.answers() == []
     assert card.as_json()["adapter"]["answers"] is None
-    assert card.measures()[0][0] == "held-out loss (nats per answer token)"
+    assert [name for name, _, _ in card.measures()] == [
+        "held-out loss (nats per token)", "held-out perplexity", "tokens predicted",
+    ]  # fmt: skip
+    assert " nats per token of held-out rows" in card.lines()[0]
+    assert card.as_json()["counted"] == "tokens"
 
 
 def test_answers_that_are_too_long_to_be_matched_are_not() -> None:
@@ -229,4 +236,6 @@ def test_what_is_printed_can_be_read() -> None:
     points = card.table()[2][3]
     assert points.endswith(" points") and points[0] in "+-"
     assert any(line.startswith("dose: at") for line in card.lines())
+    for told in re.findall(r"[\d.]+ nats per token of [a-z -]+ \[[^]]+\]", card.lines()[0]):
+        assert len({len(number.partition(".")[2]) for number in re.findall(r"[\d.]+", told)}) == 1, told
     assert json.loads(json.dumps(card.as_json())) == card.as_json()

@@ -134,7 +134,7 @@ def test_a_loss_that_follows_the_length_of_sorted_batches_is_told() -> None:
     said = notes_of(*begun(steps=None, epochs=1.0), grouped)
     assert len(said) == 1
     assert "the batches are ordered by length (it varies " in said[0]
-    assert "follows the number of answer tokens per example (correlation -0." in said[0]
+    assert "follows the number of trained tokens per example (correlation -0." in said[0]
 
 
 @pytest.mark.parametrize(("noise", "told"), [(0.05, True), (0.7, False)])
