@@ -9,6 +9,7 @@ from models import tiny
 
 from lamina.adapter import LoRA, adapted, attach
 from lamina.ops.loss import paired_scores
+from lamina.report.charts import Line
 from lamina.report.drawing import canvas, written
 
 
@@ -20,7 +21,9 @@ def test_types_are_checked() -> None:
     assert written(3) == "3", "an int may stand for a float"
 
 
-def test_methods_are_checked() -> None:
+def test_fields_and_methods_are_checked() -> None:
+    with pytest.raises(BeartypeCallHintViolation, match="violates type hint"):
+        Line("loss", [0.0, 1.0], "falls steeply")  # type: ignore[arg-type]
     model = tiny()
     attach(model, LoRA(rank=1))
     module = next(iter(adapted(model).values()))
