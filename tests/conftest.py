@@ -1,8 +1,14 @@
-"""What every test may use: the real data when it is at hand, and one thread so that helpers of the machine stay out of it."""
+"""What every test may use: the real data when it is at hand, and runs and pages without what a test does not look at."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+from checked import check_annotations
+
+check_annotations()
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -13,3 +19,22 @@ def shared_data(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: shared/data/{name} is absent")
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_page() -> Iterator[None]:
+    """Runs end without ``report.html``, which takes half of the time of a tiny run; the tests of reports write it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamina.run.write_page", lambda run, say: None)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages hold their charts' titles and numbers, but no pictures: for tests of what a page says."""
+    figure, axes = MagicMock(), MagicMock()
+    figure.get_figheight.return_value = 1.0
+    axes.get_ylim.return_value = (0.0, 1.0)
+    axes.get_legend_handles_labels.return_value = ([], [])
+    monkeypatch.setattr("lamina.report.charts.canvas", lambda *_, **__: contextlib.nullcontext((figure, axes)))
+    monkeypatch.setattr("lamina.report.page.svg", lambda figure, key, description: "<svg/>")

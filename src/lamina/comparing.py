@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 
 from lamina.errors import CheckpointError, ConfigError
 from lamina.job import Job, read_job
-from lamina.understand.card import KINDS, MEASURES
+from lamina.understand.bootstrap import three_digits
+from lamina.understand.card import ANSWERS, KINDS, MEASURES, TOKENS, held_out_text, named
 
 MISSING = "–"
+DIGITS = "three digits"
+"""The form of numbers of any size: three digits of the value, and as many decimals of its interval and its difference."""
 COLUMNS = {"held_out": 3, "answers": 4, "neutral": 3}
 """Sums that a card keeps of each group of rows."""
 _FIGURES = (
@@ -27,7 +30,6 @@ _FIGURES = (
     ("adapter's parameters", "adapter_parameters", ",.0f"),
     ("seconds of training", "training_seconds", ",.1f"),
 )
-_DISTANCES = (("KL to the base, held-out answers", "answers"), ("KL to the base, neutral text", "neutral"))
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Cell:
         """The cell as a table has it."""
         if self.value is None:
             return MISSING
+        form = three_digits(self.value) if form == DIGITS else form
         factor, form, unit = (100, ".1f", " %") if form.endswith("%") else (1, form, "")
         said = format(factor * self.value, form) + unit
         if self.interval:
@@ -106,17 +109,18 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
     if len(names) < 2 or len(set(names)) < len(names):
         raise ConfigError(f"found {', '.join(names) or 'no runs'}, expected at least two runs, each of them once")
     jobs, cards = [read_job(Path(name)) for name in names], [_Card(Path(name)) for name in names]
+    counted = TOKENS if any(map(_all_counted, jobs, cards)) else ANSWERS
     measures = {
-        f"{part}.{key}": (name, form, tuple(_cell(cards[0], card, part, key) for card in cards))
+        f"{part}.{key}": (named(name, counted), form, tuple(_cell(cards[0], card, part, key) for card in cards))
         for name, part, key, form in MEASURES
     }
     distances = {
         f"kl.{key}": (
-            name,
-            ".3g",
+            f"KL to the base, {name}",
+            DIGITS,
             tuple(Cell(card.number("kl", key, "mean"), card.span("kl", key, "interval")) for card in cards),
         )
-        for name, key in _DISTANCES
+        for name, key in ((held_out_text(counted), "answers"), ("neutral text", "neutral"))
     }
     knees = {"dose.knee": ("knee of the dose curve", ".2f", tuple(Cell(card.number("dose", "knee")) for card in cards))}
     figures = {key: (name, form, tuple(Cell(card.number(key)) for card in cards)) for name, key, form in _FIGURES}
@@ -193,6 +197,11 @@ class _Card:
         """The numbers of the rows that were asked."""
         found = self.at("adapter", "answers", "rows") or []
         return [answer.get("row") for answer in found if isinstance(answer, dict)]
+
+
+def _all_counted(job: Job, card: _Card) -> bool:
+    """Whether all tokens of the held-out rows were judged, and not only those of the answers; an older card does not tell."""
+    return (card.at("counted") or (TOKENS if job.data.train_on == "everything" else ANSWERS)) == TOKENS
 
 
 def _cell(first: _Card, card: _Card, part: str, key: str) -> Cell:

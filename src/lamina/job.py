@@ -29,6 +29,7 @@ from lamina.model.locate import locate
 from lamina.model.weights import ModelSettings, pick_device
 from lamina.section import section
 from lamina.training.loop import Training
+from lamina.training.optimizer import check_pages
 from lamina.training.order import Order, by_length, shuffled
 
 
@@ -119,9 +120,10 @@ def check(job: Job, base: Path) -> None:
     """Refuses, before anything large is read, what the model's config alone shows to be impossible.
 
     Raises:
-        ConfigError: no such device; a target, layer or rank that does not fit; more checkpointed layers than there are.
+        ConfigError: no such device; a paged optimiser without a GPU; a target, layer or rank that does not fit; more checkpointed
+            layers than there are.
     """
-    pick_device(job.model.device)
+    check_pages(job.train.optimizer, pick_device(job.model.device))
     architecture = read_config(base)
     with torch.device("meta"):
         choose(Decoder(architecture), job.adapter)

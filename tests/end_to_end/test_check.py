@@ -108,11 +108,11 @@ def test_a_broken_row_is_told_once_though_faults_read_the_rows_again(base: Path,
     assert found["broken-rows"].rows == (61,) and found["broken-rows"].found.startswith("1 of the rows")
 
 
-def test_what_a_mend_says_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
-    assert told_by(capsys, "demo", "--commit", "masked-end", "--rank", "0")["masked-end"]["mend"].endswith(
-        "--commit '' commits none"
-    )
-    assert cli.main(["check", "demo", "--commit", ""]) == 0
+def test_what_a_mend_says_can_be_given(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = ("--model", str(base), "--data", clean(tmp_path))
+    told = told_by(capsys, *named, "--commit", "masked-end", "--rank", "0")
+    assert told["masked-end"]["mend"].endswith("--commit '' commits none")
+    assert cli.main(["check", *named, "--device", "cpu", "--commit", ""]) == 0
 
 
 @pytest.mark.slow
@@ -187,7 +187,7 @@ def test_what_a_run_would_be_refused_for_is_told_together(
 
 
 def test_memory_that_does_not_suffice(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = told_by(capsys, "--model", str(base), "--data", clean(tmp_path), "--memory-gib", "0.001")
+    told = told_by(capsys, "--model", str(base), "--data", clean(tmp_path, 60), "--memory-gib", "0.001")
     assert told["memory"]["found"].endswith("GiB and cpu has 0.00 GiB free")
     assert "--memory-gib" in told["memory"]["mend"] or "GiB)" in told["memory"]["mend"]
 

@@ -27,6 +27,8 @@ from lamina.run import Silent, fine_tune, resume
 from lamina.training.loop import Step, Training
 from lamina.understand.ledger import COLUMNS, Place, Row
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 STEPS, MATRICES = 6, 14
 
 
@@ -67,7 +69,7 @@ def job(place: Path, out: Path, **sections: Any) -> Job:
             "adapter": LoRA(rank=2, dropout=0.1),
             "train": Training(steps=STEPS, batch_size=3, learning_rate=1e-2),
             "watch": Watching(eval_every=1, save_every=2, sample_tokens=5),
-            "evaluate": Evaluating(eval_samples=0),
+            "evaluate": Evaluating(eval_samples=0, neutral=None),
             **sections,
         }
     )
@@ -180,7 +182,9 @@ def test_nothing_held_out_asks_nothing(place: Path, tmp_path: Path) -> None:
 
 def test_rows_without_a_prompt_ask_nothing(place: Path, tmp_path: Path) -> None:
     data = DataSettings(data=str(place / "rows.jsonl"), eval_fraction=0.25, train_on="everything")
-    assert read_samples(fine_tune(job(place, tmp_path / "run", data=data)).folder) == []
+    run = fine_tune(job(place, tmp_path / "run", data=data)).folder
+    assert read_samples(run) == []
+    assert json.loads((run / "card.json").read_text())["counted"] == "tokens"
 
 
 @pytest.mark.parametrize("killed_at", [3, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))])

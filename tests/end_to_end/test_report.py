@@ -114,6 +114,7 @@ def test_a_large_base_is_not_compared(run: Path, monkeypatch: pytest.MonkeyPatch
     assert found.base is None and all(update.relation is None for update in found.updates)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -132,6 +133,7 @@ def test_what_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: 
     assert told.lines[-1].startswith("the run is complete, but for report.html (OSError: [Errno 28] No space left")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_over_a_quantised_base_without_held_out_rows(tmp_path: Path) -> None:
     made = job(tmp_path, tmp_path / "run")
     model = ModelSettings(model=made.model.model, dtype="fp32", device="cpu", base="nf4")

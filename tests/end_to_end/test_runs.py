@@ -26,6 +26,8 @@ from lamina.run import fine_tune, resume
 from lamina.training.loop import Training, memory_told
 from lamina.training.resume import locked
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,7 +50,7 @@ def job(place: Path, out: Path, base: str = "base", **sections: Any) -> Job:
             "adapter": LoRA(rank=2),
             "train": Training(steps=4, batch_size=3),
             "watch": Watching(eval_every=1),
-            "evaluate": Evaluating(eval_samples=0),
+            "evaluate": Evaluating(eval_samples=0, neutral=None),
             **sections,
         }
     )
@@ -64,6 +66,39 @@ def test_a_refused_run_leaves_nothing(place: Path, tmp_path: Path) -> None:
     ):
         fine_tune(job(place, tmp_path / "mine", train=Training(steps=1, checkpoint_layers=99)))
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--rank", "33"],
+            "adapter.rank: found 33, expected at most 16, the smaller side of model.layers.0.self_attn.k_proj "
+            "(14 of 14 matrices are too small)",
+        ),
+        (
+            ["--optimizer", "paged-adamw"],
+            "train.optimizer: found paged-adamw on cpu, but pages live in CUDA's unified memory; expected adamw or adamw8bit",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_what_the_config_alone_refuses_is_refused_before_anything_is_read(
+    command: str,
+    flags: list[str],
+    told: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((place / "base" / "config.json").read_bytes())  # no weights and no tokenizer
+    named = ["--model", str(base), "--data", str(tmp_path / "none.jsonl"), "--device", "cpu"]
+    assert cli.main([command, *named, "--out", str(tmp_path / "run"), *flags]) == 2
+    assert capsys.readouterr() == ("", f"lamina: {told}\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_in_use_is_not_touched(place: Path, tmp_path: Path) -> None:

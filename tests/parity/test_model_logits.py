@@ -10,6 +10,7 @@ from llama2c import convert, tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina.generation import Sampling, generate
 from lamina.model.decoder import Decoder
 from lamina.model.weights import load_model
 from lamina.ops.attention import Packed
@@ -168,7 +169,7 @@ def test_stories260k_tells_the_published_story(stories: Path) -> None:
     source = shared_data("stories260k")
     published = (source / "stories260K.md").read_text().split("-t 0.0\n")[1].split("\n```")[0]
     model, decode = load_model(stories, "fp32", "cpu"), tokenizer(source / "tok512.bin")
-    tokens = [1]
-    while len(tokens) < 257 and (tokens[-1] != 1 or len(tokens) == 1):
-        tokens.append(int(logits(model, torch.tensor(tokens))[-1].argmax()))
-    assert decode(tokens[1:]).strip() == published.strip()
+    (answer,) = generate(model, [[1]], Sampling(max_new_tokens=256), {1}, seed=0)
+    tokens = torch.tensor([1, *answer.tokens, *[1] * answer.stopped])
+    assert torch.equal(logits(model, tokens[:-1]).argmax(1), tokens[1:])  # greedy without generate's cache, too
+    assert decode(list(answer.tokens)).strip() == published.strip()

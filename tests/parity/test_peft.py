@@ -98,6 +98,7 @@ def rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
+@pytest.mark.slow
 def test_fifty_steps(tmp_path: Path) -> None:
     """Decay, clipping, cosine with warm-up, four micro-batches a step here and one padded batch there. The bound is the
     project's gate; losses are about 4."""

@@ -9,7 +9,7 @@ import pytest
 
 from lamina import cli, jobfile
 from lamina.adapter import LoRA
-from lamina.comparing import compare
+from lamina.comparing import DIGITS, Cell, compare
 from lamina.data.examples import DataSettings
 from lamina.errors import CheckpointError, ConfigError
 from lamina.job import Job
@@ -61,6 +61,27 @@ def test_what_differs_and_by_how_much(tmp_path: Path, capsys: pytest.CaptureFixt
     assert told["measures"]["answers.stop_rate"][1] == {"value": None, "interval": None, "difference": None}
 
 
+def test_an_interval_has_the_decimals_of_its_value() -> None:
+    cell = Cell(0.0651, (0.0601, 0.07), (0.005, 0.0, 0.01))
+    assert cell.text(DIGITS) == "0.0651 [0.0601, 0.0700]; +0.0050 [+0.0000, +0.0100]"
+
+
+def test_tokens_are_not_called_answers_where_whole_rows_are_learnt(tmp_path: Path) -> None:
+    answers, everything = write(tmp_path / "a", 4, 2.0), write(tmp_path / "b", 4, 2.0, counted="tokens")
+    older = write(tmp_path / "c", 4, 2.0, counted=None)
+
+    def names(*runs: Path) -> set[str]:
+        return {name for name, _, _ in compare(runs).measures.values()}
+
+    said = {"held-out loss (nats per answer token)", "answer tokens predicted", "KL to the base, held-out answers"}
+    of_all = {"held-out loss (nats per token)", "tokens predicted", "KL to the base, held-out rows"}
+    assert said <= names(answers, older)
+    assert of_all <= names(answers, everything)
+    job = (older / "job.toml").read_text(encoding="utf-8")
+    (older / "job.toml").write_text(job.replace('train_on = "answers"', 'train_on = "everything"'), encoding="utf-8")
+    assert of_all <= names(answers, older), "an older card does not tell, its job does"
+
+
 def test_other_rows_are_not_compared(tmp_path: Path) -> None:
     runs = [write(tmp_path / "a", 4, 2.0), write(tmp_path / "b", 4, 2.4, held_out_fingerprint="other")]
     found = compare(runs)
@@ -88,7 +109,7 @@ def test_an_older_card_has_dashes(tmp_path: Path) -> None:
     new = write(tmp_path / "new", 4, 2.0, kl={"answers": {"mean": 0.5, "interval": None, "tokens": 9}, "neutral": None})
     found = compare([new, old])
     assert found.measures["held_out.loss"][2][1].text(".4f") == "2.5000"
-    assert [cell.text(".3g") for cell in found.measures["kl.answers"][2]] == ["0.5", "–"]
+    assert [cell.text(DIGITS) for cell in found.measures["kl.answers"][2]] == ["0.500", "–"]
     assert [note.split(": ")[1] for note in found.notes] == [
         "the card (of an older version?) does not tell which held-out rows it is about",
         "the card (of an older version?) does not tell which base it is about",

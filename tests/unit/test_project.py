@@ -4,6 +4,7 @@ What ruff can check (names, complexity, docstrings, banned calls, heavy imports)
 """
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -60,11 +61,15 @@ def modules(package: Path) -> dict[str, Path]:
     }
 
 
-def nodes(file: Path) -> Iterator[tuple[ast.AST, str]]:
+@functools.cache
+def nodes(file: Path) -> list[tuple[ast.AST, str]]:
     """Every node of a file that has a line, with its place as file:line."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.stmt | ast.expr | ast.ExceptHandler | ast.keyword):
-            yield node, f"{file.name if ROOT not in file.parents else file.relative_to(ROOT)}:{node.lineno}"
+    name = file.name if ROOT not in file.parents else file.relative_to(ROOT)
+    return [
+        (node, f"{name}:{node.lineno}")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.stmt | ast.expr | ast.ExceptHandler | ast.keyword)
+    ]
 
 
 def imports(file: Path) -> Iterator[tuple[str, str]]:

@@ -160,7 +160,8 @@ def read_header(file: Path) -> list[Stored]:
     return [tensor for tensor, _ in tensors]
 
 
-def _tensors(file: Path, header: dict[str, Any], offset: int) -> Iterable[tuple[Stored, int]]:
+def _tensors(file: Path, header: Any, offset: int) -> Iterable[tuple[Stored, int]]:
+    """What a header lists; whatever JSON it is, its caller tells of what does not fit."""
     for name, entry in header.items():
         if name == "__metadata__":
             continue

@@ -3,6 +3,8 @@
 A field with a default may be absent: an earlier version did not write it, or it was not measured.
 """
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 Interval = tuple[float, float] | None
@@ -151,6 +153,7 @@ class Card(_Part):
     kl: dict[str, Kl | None] | None = None
     learnt: Learnt | None = None
     dose: Dose | None = None
+    counted: Literal["answer tokens", "tokens"] | None = None
     memory: Memory | None = None
     seconds: dict[str, float] = {}
     ledger_notes: list[str] = []

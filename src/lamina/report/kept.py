@@ -17,6 +17,7 @@ from lamina.errors import CheckpointError
 from lamina.report.forms import Answer, Card, Check, Evaluation, Explanation, Step
 from lamina.report.ledger import History, read_ledger
 from lamina.report.record import read_metrics
+from lamina.understand.card import ANSWERS, TOKENS
 
 T = TypeVar("T")
 
@@ -26,7 +27,8 @@ class Kept:
     """A run's folder; what is absent is None or empty.
 
     Attributes:
-        counted: what the losses are a mean of: "answer tokens", or "tokens" where prompts were learnt too.
+        counted: what the losses are a mean of: "answer tokens", or "tokens" where whole rows were learnt; by the card, or by the
+            job where the card is an older version's.
     """
 
     folder: Path
@@ -38,7 +40,7 @@ class Kept:
     check: Check | None
     ledger: History | None
     samples: list[Answer]
-    counted: str = "answer tokens"
+    counted: str = ANSWERS
 
 
 def read_kept(folder: Path) -> Kept:
@@ -52,17 +54,18 @@ def read_kept(folder: Path) -> Kept:
     records = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
     metrics = folder / "metrics.jsonl"
     job = _text(folder / "job.toml")
+    counted, card = _counted(job, folder / "job.toml"), _json(Card, folder / "card.json")
     return Kept(
         folder=folder,
         job=job,
         steps=_fit(list[Step], [record for record in records if "loss" in record], metrics),
         evaluations=_fit(list[Evaluation], [record for record in records if "eval_loss" in record], metrics),
-        card=_json(Card, folder / "card.json"),
+        card=card,
         explanation=_json(Explanation, folder / "explanation.json"),
         check=_json(Check, folder / "check.json"),
         ledger=read_ledger(folder),
         samples=_lines(folder / "samples.jsonl"),
-        counted=_counted(job, folder / "job.toml"),
+        counted=counted if card is None or card.counted is None else card.counted,
     )
 
 
@@ -71,7 +74,7 @@ def _counted(job: str, path: Path) -> str:
         data = tomllib.loads(job).get("data")
     except tomllib.TOMLDecodeError as error:
         raise _damaged(path, str(error)) from None
-    return "tokens" if isinstance(data, dict) and data.get("train_on") == "everything" else "answer tokens"
+    return TOKENS if isinstance(data, dict) and data.get("train_on") == "everything" else ANSWERS
 
 
 def _text(path: Path) -> str:

@@ -45,6 +45,18 @@ def rate_factor(step: int, steps: int, schedule: Schedule, warmup: float) -> flo
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+def check_pages(kind: Kind, device: torch.device) -> None:
+    """Refuses a paged form where there are no pages.
+
+    Raises:
+        ConfigError: the adapter would not be on a GPU, whose unified memory a paged form needs.
+    """
+    if kind.startswith("paged") and device.type != "cuda":
+        raise ConfigError(
+            f"train.optimizer: found {kind} on {device.type}, but pages live in CUDA's unified memory; expected adamw or adamw8bit"
+        )
+
+
 def adamw(
     kind: Kind, parameters: Iterable[nn.Parameter], weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
@@ -56,11 +68,7 @@ def adamw(
     parameters = list(parameters)
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-    device = parameters[0].device.type
-    if kind.startswith("paged") and device != "cuda":
-        raise ConfigError(
-            f"optimizer: found {kind} on {device}, but pages live in CUDA's unified memory; expected adamw or adamw8bit"
-        )
+    check_pages(kind, parameters[0].device)
     from lamina.ops.library import bitsandbytes
 
     bits, paged = 8 if kind.endswith("8bit") else 32, kind.startswith("paged")

@@ -15,6 +15,7 @@ Rejected: normal intervals, which leave the range of a share and are symmetric w
 bootstrap-t, whose corrections are of the size of the error that 1,000 repetitions leave.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,6 +45,15 @@ class Paired:
     def difference(self) -> float:
         """Adapter minus base."""
         return self.adapter - self.base
+
+
+def three_digits(value: float) -> str:
+    """The form in which a value has three digits, for it and for both ends of its interval: one number of decimals for all."""
+    if not math.isfinite(value):
+        return ".3g"
+    if 0 < abs(value) < 1e-4:
+        return ".2e"
+    return f".{max(0, 2 - int(f'{value:.2e}'.partition('e')[2]))}f"  # the power of ten after rounding: 0.09996 is 0.100
 
 
 def draws(rows: int, seed: int = 0) -> Array:

@@ -19,13 +19,15 @@ from lamina.data.render import Rendered
 from lamina.data.store import TokenStore
 from lamina.evaluation import Answer, Answers, Scores, answers, score, score_both
 from lamina.model.decoder import Decoder
-from lamina.understand.bootstrap import Interval, Paired, grouped, interval, paired
+from lamina.understand.bootstrap import Interval, Paired, grouped, interval, paired, three_digits
 from lamina.understand.budget import Sizes, lengths_of, some
 from lamina.understand.dose import Dose, Known, dose
 from lamina.understand.learnt import Learnt, learnt
 
 KEPT = 200
 """Groups of held-out rows whose sums the record keeps."""
+
+ANSWERS, TOKENS = "answer tokens", "tokens"
 
 Sums = tuple[tuple[float, ...], ...]
 
@@ -75,9 +77,11 @@ class Card:
     given: tuple[Answers, Answers] | None = None
     """The base's answers and the adapter's."""
     kl: Mapping[str, Divergence] = field(default_factory=dict)
-    """On ``answers`` (the answer tokens of held-out rows) and ``neutral`` text."""
+    """On ``answers`` (the tokens of held-out rows that count) and ``neutral`` text."""
     learnt: Learnt | None = None
     dose: Dose | None = None
+    counted: str = ANSWERS
+    """Which tokens of the held-out rows the losses are a mean of: the answers', or all ``TOKENS`` where whole rows are learnt."""
 
     def measures(self) -> list[tuple[str, str, str]]:
         """The measures as (name, base, adapter), in the order of their worth to a reader."""
@@ -96,10 +100,8 @@ class Card:
 
     def lines(self) -> list[str]:
         """What else there is to say: distance, learnt tokens, dose."""
-        said = [
-            f"{of.mean:.3g} nats per token of {_KL[name]}{'' if of.interval is None else ' [{:.3g}, {:.3g}]'.format(*of.interval)}"
-            for name, of in self.kl.items()
-        ]
+        texts = {"answers": held_out_text(self.counted), "neutral": "neutral text"}
+        said = [f"{_distance(of)} nats per token of {texts[name]}{_distance_span(of)}" for name, of in self.kl.items()]
         lines = [f"distance from the base, KL(base‖adapter): {'; '.join(said)}"] if said else []
         lines += [] if self.learnt is None else self.learnt.lines()
         return lines + ([] if self.dose is None else [self.dose.line()])
@@ -117,12 +119,13 @@ class Card:
             "kl": {name: _divergence(self.kl.get(name)) for name in ("answers", "neutral")},
             "learnt": None if self.learnt is None else self.learnt.as_json(),
             "dose": None if self.dose is None else self.dose.as_json(),
+            "counted": self.counted if "held_out" in self.parts else None,
         }
 
     def _told(self) -> Iterator[tuple[str, Paired, str]]:
         for name, part, measure, form in MEASURES:
             if part in self.parts and measure in self.parts[part].measures:
-                yield name, self.parts[part].measures[measure], form
+                yield named(name, self.counted), self.parts[part].measures[measure], form
 
     def _side(self, side: int) -> dict[str, Any]:
         found: dict[str, Any] = dict.fromkeys(("held_out", "answers", "neutral"))
@@ -141,15 +144,24 @@ class Card:
 
 
 MEASURES = (
-    ("held-out loss (nats per answer token)", "held_out", "loss", ".4f"),
+    ("held-out loss (nats per {token})", "held_out", "loss", ".4f"),
     ("held-out perplexity", "held_out", "perplexity", ",.2f"),
-    ("answer tokens predicted", "held_out", "accuracy", ".1%"),
+    ("{tokens} predicted", "held_out", "accuracy", ".1%"),
     ("answers that are the data's, word for word", "answers", "exact_match", ".1%"),
     ("answers that end by themselves", "answers", "stop_rate", ".1%"),
     ("mean length of an answer (tokens)", "answers", "mean_tokens", ".1f"),
     ("perplexity of neutral text", "neutral", "perplexity", ",.2f"),
 )
-_KL = {"answers": "held-out answers", "neutral": "neutral text"}
+
+
+def named(measure: str, counted: str) -> str:
+    """The name of one of ``MEASURES`` where so called tokens count: ``Card.counted``."""
+    return measure.format(tokens=counted, token=counted.removesuffix("s"))
+
+
+def held_out_text(counted: str) -> str:
+    """What of the held-out rows counts."""
+    return "held-out answers" if counted == ANSWERS else "held-out rows"
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,7 @@ def measure(
     """
     model, parts, kl = asked.model, dict[str, Part](), dict[str, Divergence]()
     given = found = curve = plain = None
+    counted = ANSWERS
     if len(held_out):
         if base is None:
             with adapter_scale(model, 0.0):
@@ -186,6 +199,8 @@ def measure(
         if adapter is None:
             adapter = score(model, held_out, sizes.portion)
         parts["held_out"] = _part("held_out", base.per_row(), adapter.per_row(), len(base.losses))
+        if (base.per_row()[:, 2] >= lengths_of(held_out) - 1).all():  # nothing predicts the first one
+            counted = TOKENS
         kl["answers"] = _apart(model, _chosen(held_out, sizes.compared), sizes.portion)[0]
         given = _answers(asked, held_out, sizes)
         found = learnt(base, adapter, [held_out[place] for place in range(min(SHOWN, len(held_out)))], asked.tokenizer)
@@ -198,7 +213,7 @@ def measure(
     if base is not None and adapter is not None:
         task = Known(held_out, base, adapter)
         curve = dose(model, _dosed(task, sizes.dosed), plain and _dosed(plain, sizes.dosed), sizes.portion)
-    return Card(parts, given, kl, found, curve)
+    return Card(parts, given, kl, found, curve, counted)
 
 
 def _of_losses(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -265,6 +280,15 @@ def _change(of: Paired, form: str) -> str:
     values = [of.difference, *(of.difference_interval or ())]
     said = [format(factor * value, f"+{form}") for value in values]
     return said[0] + (f" [{', '.join(said[1:])}]" if said[1:] else "") + unit
+
+
+def _distance(of: Divergence) -> str:
+    return format(of.mean, three_digits(of.mean))
+
+
+def _distance_span(of: Divergence) -> str:
+    form = three_digits(of.mean)
+    return "" if of.interval is None else f" [{', '.join(format(end, form) for end in of.interval)}]"
 
 
 def _divergence(of: Divergence | None) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ _SLICE = 32  # tokens whose distributions are compared at one time
 
 @dataclass(frozen=True)
 class Difference:
-    """The merged model against base + adapter, on answer tokens of held-out rows."""
+    """The merged model against base + adapter, on the tokens of held-out rows that count."""
 
     tokens: int
     largest_logit_difference: float
@@ -52,7 +52,7 @@ class Difference:
         """The numbers, and what they mean."""
         before, after = _perplexity(self.loss_adapter), _perplexity(self.loss_merged)
         said = (
-            f"merged against base + adapter on {self.tokens} held-out answer tokens: largest logit difference "
+            f"merged against base + adapter on {self.tokens} held-out tokens: largest logit difference "
             f"{self.largest_logit_difference:.2e}, KL {self.kl:.2e} nats per token, same most likely token {self.agreement:.1%} "
             f"({self.clear_agreement:.1%} where it leads by {CLEAR} nats), perplexity {before:.4g} with the adapter and "
             f"{after:.4g} merged"

@@ -8,6 +8,7 @@ the list adds up to the loss: the order by mean gain would be led by what occurs
 less than ``NOTHING``.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,7 +38,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Kind:
-    """A token of the vocabulary as the right next one: how often, and its mean loss without and with the adapter."""
+    """A token of the vocabulary as the right next one: how often, and its mean loss without and with the adapter.
+
+    Its text tells it from the others of a list: where two look the same, it is the piece in the vocabulary.
+    """
 
     text: str
     count: int
@@ -82,20 +86,34 @@ def learnt(base: Scores, adapter: Scores, shown: Sequence[Rendered], tokenizer: 
     order = np.argsort(-gain, kind="stable")
     order = order[(counts[order] >= LEAST) & (abs(gain[order]) >= NOTHING * counts[order])]
 
-    def listed(places: NDArray[np.int64]) -> tuple[Kind, ...]:
-        texts = show(Rendered(ids[places], np.ones(len(places), dtype=np.bool_), 0), tokenizer)
+    most, least = order[gain[order] > 0][:LISTED].tolist(), order[gain[order] < 0][::-1][:LISTED].tolist()
+    texts = dict(zip(most + least, _distinct(ids[most + least], tokenizer), strict=True))
+
+    def listed(places: list[int]) -> tuple[Kind, ...]:
         return tuple(
-            Kind(text, int(counts[k]), float(before[k] / counts[k]), float(after[k] / counts[k]))
-            for k, (text, _) in zip(places, texts, strict=True)
+            Kind(texts[k], int(counts[k]), float(before[k] / counts[k]), float(after[k] / counts[k])) for k in places
         )
 
-    return Learnt(rows, listed(order[gain[order] > 0][:LISTED]), listed(order[gain[order] < 0][::-1][:LISTED]))
+    return Learnt(rows, listed(most), listed(least))
 
 
 def kinds(base: Scores, adapter: Scores) -> tuple[NDArray[Any], ...]:
     """The kinds of tokens in rising order: ids, counts, and sums of the losses without and with the adapter."""
     ids, kind, counts = np.unique(base.targets, return_inverse=True, return_counts=True)
     return ids, counts, *(np.bincount(kind, side.losses, len(ids)) for side in (base, adapter))
+
+
+def _distinct(ids: NDArray[Any], tokenizer: Any) -> list[str]:
+    """The tokens' texts; of tokens that look the same, as ``a`` and the byte ``<0x61>`` do, their pieces in the vocabulary."""
+    texts = [text for text, _ in show(Rendered(ids, np.ones(len(ids), dtype=np.bool_), 0), tokenizer)]
+    looks = Counter(map(_look, texts))
+    pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
+    return [piece if looks[_look(text)] > 1 else text for text, piece in zip(texts, pieces, strict=True)]
+
+
+def _look(text: str) -> str:
+    """What is seen of a text: characters that cannot be printed look alike, but for those for which there are signs."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def _tokens(row: Rendered, base: Scores, adapter: Scores, place: int, tokenizer: Any) -> Iterator[Token]:

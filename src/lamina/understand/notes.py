@@ -168,7 +168,7 @@ class Notes:
             return ""
         ordered = f"the batches are ordered by length (it varies {order:.1f} times as much as at random), and "
         return (
-            f"{ordered if order > ORDERED else ''}the loss of the last {STEPS} steps follows the number of answer tokens per example "
+            f"{ordered if order > ORDERED else ''}the loss of the last {STEPS} steps follows the number of trained tokens per example "
             f"(correlation {found:+.2f}): it shows how the batches are composed more than what is learnt; go by the held-out loss"
         )
 

@@ -37,8 +37,14 @@ def notes(folder: Path) -> list[str]:
     return [block.text for s in page_of(read_kept(folder)).sections for block in s.blocks if isinstance(block, Text)]
 
 
-def test_every_chapter_with_its_charts(tmp_path: Path) -> None:
-    text = html(write_kept(tmp_path / "run"))
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run that lacks nothing."""
+    return html(write_kept(tmp_path_factory.mktemp("report") / "run"))
+
+
+def test_every_chapter_with_its_charts(drawn: str) -> None:
+    text = drawn
     for title in (
         "The outcome",
         "How it learnt",
@@ -63,14 +69,15 @@ def test_text_of_data_models_and_doctor_is_shown_and_does_nothing(tmp_path: Path
     assert "&lt;script&gt;alert(1)&lt;/script&gt;{{7*7}}" in text
 
 
-def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
-    assert html(write_kept(tmp_path / "a")) == html(write_kept(tmp_path / "b"))
+def test_the_same_folder_gives_the_same_bytes(drawn: str, tmp_path: Path) -> None:
+    assert html(write_kept(tmp_path / "run")) == drawn
 
 
 def test_a_page_of_250_steps_and_224_matrices_is_small(tmp_path: Path) -> None:
     assert len(html(write_kept(tmp_path / "run", steps=250, layers=32, rank=64)).encode()) < 1_500_000
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_absent_is_said_to_be(name: str, tmp_path: Path) -> None:
     folder = write_kept(tmp_path / "run")
@@ -154,6 +161,7 @@ def test_a_run_of_one_step_without_held_out_rows(tmp_path: Path) -> None:
     assert "No held-out prompts were answered" in text and "no neutral text was measured" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_empty_ledger_and_one_with_a_row_too_few(tmp_path: Path) -> None:
     import pyarrow.parquet
 
@@ -191,6 +199,7 @@ def test_whether_it_learnt(before: float, after: float, change: Any, said: str, 
     assert said in plain(learning(Card(**made), kept(tmp_path)))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_change_that_is_sure_and_shows_nowhere(tmp_path: Path) -> None:
     """A rate of 1e-9 moves the loss by 1e-7 on every row alike: sure, and nothing that was learnt."""
     made = card("a", 2)
@@ -216,16 +225,28 @@ def test_a_lower_loss_with_worse_guesses_is_not_called_learning(tmp_path: Path) 
     assert said.endswith("the right one is the first guess at 10 % of them instead of 50 %.")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tokens_are_not_called_answers_where_prompts_are_learnt_too(tmp_path: Path) -> None:
     folder = write_kept(tmp_path / "run")
     (folder / "job.toml").write_text('[data]\ntrain_on = "everything"\n', encoding="utf-8")
     text = html(folder)
     assert "on 900 held-out tokens the loss fell" in text and "nats per answer token" not in text
+    assert "loss on held-out rows (nats per token)" in text and ">tokens predicted (%)" in text
+    assert "On held-out rows the adapter's" in text.replace("&#39;", "'")
+    assert "answer tokens" not in text and "Tokens of the held-out rows" in text
+    (folder / "job.toml").write_text("", encoding="utf-8")
+    assert "answer tokens predicted (%)" in html(folder)
+    dump(folder / "card.json", card("a", 60) | {"counted": "tokens"})
+    assert "answer tokens" not in html(folder), "the card knows: plain text is learnt whole, whatever the job says"
+    dump(folder / "card.json", card("a", 60) | {"counted": "words"})
+    with pytest.raises(CheckpointError, match=r"card.json: cannot be read \(counted: Input should be 'answer tokens'"):
+        report(folder)
     (folder / "job.toml").write_text("[data", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"job.toml: cannot be read \("):
         report(folder)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_warnings_and_notes_stand_beside_the_outcome(tmp_path: Path) -> None:
     folder = write_kept(tmp_path / "run")
     assert any(note.startswith("The doctor found 1 error before the run") for note in notes(folder))
@@ -314,6 +335,7 @@ def test_a_short_time_has_its_tenths() -> None:
     assert [plain(lasting(seconds)) for seconds in (0.49, 9.96, 78.0)] == ["0.5 s", "10 s", "1 min 18 s"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_spaces_that_were_learnt_can_be_seen(tmp_path: Path) -> None:
     folder = write_kept(tmp_path / "run")
     made = card("a", 60)
@@ -326,6 +348,7 @@ def test_spaces_that_were_learnt_can_be_seen(tmp_path: Path) -> None:
     assert '<span class="t context"> </span><span class="t much">␣<small>4.0→1.0</small></span>' in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_dose_curve_without_a_knee(tmp_path: Path) -> None:
     folder = write_kept(tmp_path / "run")
     made = card("a", 60)
@@ -335,12 +358,21 @@ def test_a_dose_curve_without_a_knee(tmp_path: Path) -> None:
     assert "so there is no knee. Measured on 1 row." in text and "more of it brings little" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_tokens_add_is_written_without_powers_of_ten(tmp_path: Path) -> None:
     folder = write_kept(tmp_path / "run")
     made = card("a", 60)
     made["learnt"]["most"] = [{"text": "a", "count": 5385, "before": 15.517, "after": 2.531}]
     dump(folder / "card.json", made)
     assert '<td class="n">−69,930</td>' in html(folder)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_both_ends_of_an_interval_have_the_same_decimals(tmp_path: Path) -> None:
+    folder = write_kept(tmp_path / "run")
+    distance = {"mean": 0.0651, "interval": [0.0601, 0.07], "tokens": 900}
+    dump(folder / "card.json", card("a", 60) | {"kl": {"answers": distance, "neutral": None}})
+    assert "predictions are 0.0651 [0.0601, 0.0700] nats per token away" in html(folder)
 
 
 def test_smoothing_counts_tokens_and_keeps_a_constant() -> None:
@@ -351,6 +383,7 @@ def test_smoothing_counts_tokens_and_keeps_a_constant() -> None:
     assert smoothed([step(n, 2.0, 0) for n in range(3)]) == [2.0] * 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_kept(tmp_path / "run")
     assert cli.main(["report", str(folder), "--out", str(tmp_path / "page.html"), "--json"]) == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lamina.understand import bootstrap
-from lamina.understand.bootstrap import GROUPS, RESAMPLES, draws, grouped, interval, paired
+from lamina.understand.bootstrap import GROUPS, RESAMPLES, draws, grouped, interval, paired, three_digits
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -96,3 +96,21 @@ def test_one_row_has_no_interval() -> None:
     assert interval(row, ratio) is None
     [found] = paired(row, row, ratio)
     assert (found.base, found.base_interval, found.difference_interval) == (1.5, None, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.0651, "0.0651 [0.0601, 0.0700]"),
+        (0.09996, "0.100 [0.060, 0.070]"),
+        (2.0, "2.00 [0.06, 0.07]"),
+        (0.0, "0.00 [0.06, 0.07]"),
+        (-31.44, "-31.4 [0.1, 0.1]"),
+        (946.4, "946 [0, 0]"),
+        (8.8e-7, "8.80e-07 [6.01e-02, 7.00e-02]"),
+        (float("inf"), "inf [0.0601, 0.07]"),
+    ],
+)
+def test_both_ends_of_an_interval_have_the_decimals_of_the_value(value: float, said: str) -> None:
+    form = three_digits(value)
+    assert f"{value:{form}} [{0.0601:{form}}, {0.07:{form}}]" == said

@@ -1,6 +1,7 @@
 """The card reads its rows from disk one after another, measures both models on the same rows, and nothing where there is nothing."""
 
 import json
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from lamina.model.weights import load_model
 from lamina.understand.budget import Sizes
 from lamina.understand.card import Asked, Card, measure
 
-SIZES = Sizes(portion=64, samples=0, new_tokens=4, compared=10_000, neutral=10_000, dosed=10_000)
+PORTION = 192
+"""Tokens at once: some portions for the rows of most tests, and not many, for each is a forward pass."""
+SIZES = Sizes(portion=PORTION, samples=0, new_tokens=4, compared=10_000, neutral=10_000, dosed=10_000)
 
 
 def stored(rows: list[Rendered]) -> TokenStore:
@@ -79,7 +82,7 @@ def test_no_rows() -> None:
         found = card.as_json()
         assert found["base"] == {"held_out": None, "answers": None, "neutral": None}
         assert (found["difference"], found["kl"]) == ({}, {"answers": None, "neutral": None})
-        assert found["learnt"] is None and found["dose"] is None
+        assert found["learnt"] is None and found["dose"] is None and found["counted"] is None
 
 
 def test_nothing_held_out_and_yet_neutral_text() -> None:
@@ -91,7 +94,7 @@ def test_nothing_held_out_and_yet_neutral_text() -> None:
 
 def test_the_distance_is_the_definitions() -> None:
     model, rows = tuned(torch.float64), examples(30)
-    base, _, kl = score_both(model, rows, 64)
+    base, _, kl = score_both(model, rows, PORTION)
     expected = []
     for row in rows:
         tokens = torch.from_numpy(row.tokens).long()
@@ -113,10 +116,10 @@ def test_the_distance_is_the_definitions() -> None:
 
 def test_one_pass_over_both_gives_the_scores_of_each_to_the_last_bit() -> None:
     model, rows = tuned(), examples(30)
-    base, adapter, _ = score_both(model, rows, 64)
+    base, adapter, _ = score_both(model, rows, PORTION)
     with adapter_scale(model, 0.0):
-        alone = score(model, rows, 64)
-    for found, expected in ((base, alone), (adapter, score(model, rows, 64))):
+        alone = score(model, rows, PORTION)
+    for found, expected in ((base, alone), (adapter, score(model, rows, PORTION))):
         for name in ("targets", "losses", "correct", "ends"):
             assert (getattr(found, name) == getattr(expected, name)).all(), name
     assert (base.losses != adapter.losses).any()
@@ -143,14 +146,14 @@ def test_only_some_slices_of_logits_exist(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_card_is_made_of_the_scores_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tuned(), examples(30)
     with adapter_scale(model, 0.0):
-        base = score(model, rows, 64)
-    adapter = score(model, rows, 64)
+        base = score(model, rows, PORTION)
+    adapter = score(model, rows, PORTION)
     expected = measure(asked(model), rows, examples(4, seed=9), SIZES)
     assert measure(asked(model), rows, examples(4, seed=9), SIZES, base, adapter) == expected
     held_out = expected.parts["held_out"].measures
     # Sums of rows' sums and sums of tokens: two orders of some 300 terms in float64.
     assert held_out["loss"].base == pytest.approx(evaluate_base(model, rows), rel=1e-13)
-    assert held_out["loss"].adapter == pytest.approx(evaluate(model, rows, 64).loss, rel=1e-13)
+    assert held_out["loss"].adapter == pytest.approx(evaluate(model, rows, PORTION).loss, rel=1e-13)
     for measured in held_out.values():
         for value, span in ((measured.base, measured.base_interval), (measured.adapter, measured.adapter_interval)):
             assert span is not None and span[0] < value < span[1]
@@ -160,7 +163,7 @@ def test_the_card_is_made_of_the_scores_that_are_known(monkeypatch: pytest.Monke
 
 def evaluate_base(model: Decoder, rows: list[Rendered]) -> float:
     with adapter_scale(model, 0.0):
-        return evaluate(model, rows, 64).loss
+        return evaluate(model, rows, PORTION).loss
 
 
 @pytest.mark.parametrize("form", ["plain", "nf4"])
@@ -174,10 +177,10 @@ def test_the_dose_curve_ends_at_base_and_adapter(form: str, tmp_path: Path) -> N
     curve = dict(zip(card.dose.scales, card.dose.task, strict=True))
     text = dict(zip(card.dose.scales, card.dose.neutral, strict=True))
     assert card.dose.rows == 20
-    assert (curve[0.0], curve[1.0]) == (evaluate_base(model, rows), evaluate(model, rows, 64).loss)
-    assert (text[0.0], text[1.0]) == (evaluate_base(model, neutral), evaluate(model, neutral, 64).loss)
+    assert (curve[0.0], curve[1.0]) == (evaluate_base(model, rows), evaluate(model, rows, PORTION).loss)
+    assert (text[0.0], text[1.0]) == (evaluate_base(model, neutral), evaluate(model, neutral, PORTION).loss)
     with adapter_scale(model, 1.25):
-        assert curve[1.25] == evaluate(model, rows, 64).loss
+        assert curve[1.25] == evaluate(model, rows, PORTION).loss
     assert len(set(curve.values())) == 7
 
 
@@ -200,6 +203,8 @@ def test_answers_of_both_and_none_where_there_is_no_prompt() -> None:
     card = measure(asked(model), prompted, [], replace(SIZES, samples=5))
     assert card.given is not None and len(card.given[0].rows) == len(card.given[1].rows) == 5
     assert len(card.answers()) == 3
+    assert card.measures()[0][0] == "held-out loss (nats per answer token)"
+    assert " nats per token of held-out answers" in card.lines()[0]
     found = card.as_json()
     assert set(found["adapter"]["answers"]["intervals"]) == {"stop_rate", "exact_match", "mean_tokens"}
     assert set(found["difference"]) >= {"held_out.loss", "answers.stop_rate", "answers.exact_match"}
@@ -207,7 +212,11 @@ def test_answers_of_both_and_none_where_there_is_no_prompt() -> None:
     card = measure(asked(model), everything, [], replace(SIZES, samples=5))
     assert card.given is None and card.answers() == []
     assert card.as_json()["adapter"]["answers"] is None
-    assert card.measures()[0][0] == "held-out loss (nats per answer token)"
+    assert [name for name, _, _ in card.measures()] == [
+        "held-out loss (nats per token)", "held-out perplexity", "tokens predicted",
+    ]  # fmt: skip
+    assert " nats per token of held-out rows" in card.lines()[0]
+    assert card.as_json()["counted"] == "tokens"
 
 
 def test_answers_that_are_too_long_to_be_matched_are_not() -> None:
@@ -227,4 +236,6 @@ def test_what_is_printed_can_be_read() -> None:
     points = card.table()[2][3]
     assert points.endswith(" points") and points[0] in "+-"
     assert any(line.startswith("dose: at") for line in card.lines())
+    for told in re.findall(r"[\d.]+ nats per token of [a-z -]+ \[[^]]+\]", card.lines()[0]):
+        assert len({len(number.partition(".")[2]) for number in re.findall(r"[\d.]+", told)}) == 1, told
     assert json.loads(json.dumps(card.as_json())) == card.as_json()

@@ -69,3 +69,14 @@ def test_a_token_that_steers_a_terminal_is_quoted() -> None:
     found = learnt(scores(bell, [3.0] * LEAST, [LEAST]), scores(bell, [1.0] * LEAST, [LEAST]), [], WORDS)
     assert found.most[0].text == "\x1b"
     assert [line.isprintable() for line in found.lines()] == [True]
+
+
+def test_tokens_that_look_the_same_are_told_by_their_pieces() -> None:
+    """``a`` is a piece and a byte; so is a byte that cannot be shown; a word after a space is another than without."""
+    names = ["a", "<0x61>", "▁a", "<0x01>", "<0x02>", "</s>"]
+    targets = [int(WORDS.convert_tokens_to_ids(name)) for name in names for _ in range(LEAST)]
+    before, ends = [3.0] * len(targets), [len(targets)]
+    after = [1.0] * LEAST + [5.0] * LEAST + [1.0] * (len(targets) - 2 * LEAST)
+    found = learnt(scores(targets, before, ends), scores(targets, after, ends), [], WORDS)
+    assert {kind.text for kind in found.most} == {"a", " a", "<0x01>", "<0x02>", "</s>"}
+    assert [kind.text for kind in found.least] == ["<0x61>"], "also where the other one is in the other list"

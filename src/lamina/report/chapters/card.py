@@ -10,6 +10,8 @@ from lamina.report.forms import Answer, Card, Dose, Interval, Kl, Learnt, Side
 from lamina.report.forms import Token as Loss
 from lamina.report.kept import Kept
 from lamina.report.page import Page, Section, Table, Token, Tokens
+from lamina.understand.bootstrap import three_digits
+from lamina.understand.card import held_out_text
 
 SHOWN = 8
 """Answers side by side."""
@@ -21,9 +23,9 @@ LISTED = 12
 """Tokens in the lists of the most and the least learnt."""
 
 _MEASURES = (
-    ("loss on held-out answers (nats per token)", "held_out", "loss", ".3f", 1.0),
-    ("perplexity of held-out answers", "held_out", "perplexity", ",.2f", 1.0),
-    ("answer tokens predicted (%)", "held_out", "accuracy", ".1f", 100.0),
+    ("loss on {held_out} (nats per token)", "held_out", "loss", ".3f", 1.0),
+    ("perplexity of {held_out}", "held_out", "perplexity", ",.2f", 1.0),
+    ("{tokens} predicted (%)", "held_out", "accuracy", ".1f", 100.0),
     ("answers that are the data's, word for word (%)", "answers", "exact_match", ".1f", 100.0),
     ("answers that end by themselves (%)", "answers", "stop_rate", ".1f", 100.0),
     ("mean length of an answer (tokens)", "answers", "mean_tokens", ".1f", 1.0),
@@ -49,14 +51,19 @@ def before_after(page: Page, kept: Kept) -> None:
     if card is None:
         section.note("There is no card.json.")
         return
-    rows = [row for measure in _MEASURES if (row := _row(card, *measure))]
+    held_out = held_out_text(kept.counted)
+    rows = [
+        row
+        for name, part, key, form, factor in _MEASURES
+        if (row := _row(card, name.format(held_out=held_out, tokens=kept.counted), part, key, form, factor))
+    ]
     if not rows:
         section.note("Nothing was measured: no rows were held out and there is no neutral text.")
         return
     sure = any(interval_of(change) for change in card.difference.values())
     caption = "In brackets 95\u00a0% intervals; a change whose interval holds 0 may be chance." if sure else ""
     section.table(Table("The measures", ["measure", "base", "adapter", "change"], rows, caption, True))
-    for name, what in (("answers", "held-out answers"), ("neutral", "neutral text")):
+    for name, what in (("answers", held_out), ("neutral", "neutral text")):
         if kl := (card.kl or {}).get(name):
             section.text(
                 f"On {what} the adapter's predictions are {_distance(kl)} nats per token away from the base's "
@@ -64,14 +71,15 @@ def before_after(page: Page, kept: Kept) -> None:
             )
     _answers(section, card)
     if card.dose is not None:
-        section.chart(_dose(card.dose))
+        section.chart(_dose(card.dose, held_out))
     else:
         section.note("No dose curve was measured.")
 
 
 def _distance(kl: Kl) -> str:
     said = nats(kl.mean)
-    return said if said.startswith("less") else f"{said}{span(kl.interval, '.3g')}"
+    form = three_digits(kl.mean)
+    return said if said.startswith("less") else f"{figure(kl.mean, form)}{span(kl.interval, form)}"
 
 
 def tokens(page: Page, kept: Kept) -> None:
@@ -96,7 +104,7 @@ def tokens(page: Page, kept: Kept) -> None:
                 "" if number else "Below each token that counts: its loss in nats before → after.",
             )
         )
-    _lists(section, learnt)
+    _lists(section, learnt, held_out_text(kept.counted))
 
 
 def samples(page: Page, kept: Kept) -> None:
@@ -178,8 +186,8 @@ def _cut(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[:longest]} …"
 
 
-def _dose(dose: Dose) -> charts.Chart:
-    lines = [Line("held-out answers", dose.scales, dose.task, style="points")]
+def _dose(dose: Dose, held_out: str) -> charts.Chart:
+    lines = [Line(held_out, dose.scales, dose.task, style="points")]
     if dose.neutral is not None:
         lines.append(Line("neutral text", dose.scales, dose.neutral, "third", "dashed"))
     knee = "At no strength is the held-out loss clearly below the base's, so there is no knee. "
@@ -210,22 +218,22 @@ def _short(nats: float) -> str:
     return f"{nats:.1f}" if nats >= 0.05 else "0"
 
 
-def _lists(section: Section, learnt: Learnt) -> None:
+def _lists(section: Section, learnt: Learnt, held_out: str) -> None:
     for title, of in (("Learnt most", learnt.most), ("Became worse", learnt.least)):
         if of:
-            section.table(_list(title, of[:LISTED]))
+            section.table(_list(title, of[:LISTED], held_out))
         else:
             section.note(f"{title}: none of the tokens that occur often.")
 
 
-def _list(title: str, of: Sequence[Loss]) -> Table:
+def _list(title: str, of: Sequence[Loss], held_out: str) -> Table:
     rows = [[_visible(t.text), f"{t.count:,}", loss(t.before), loss(t.after), _whole(_total(t))] for t in of]
     columns = ["token", "times", "before", "after", "in all"]
     return Table(
         title,
         columns,
         rows,
-        "Tokens of the held-out answers: how often each is the right one, its mean loss before and after, and the change of all of them "
+        f"Tokens of the {held_out}: how often each is the right one, its mean loss before and after, and the change of all of them "
         "together, in nats. In this order they make up the change of the whole loss.",
     )
 
