@@ -12,13 +12,17 @@ Measured in docs/log.md; everything here is a default that the environment overr
   page, and 512 times fewer pages cost less.
 * glibc's allocator raises the size from which memory goes back to the system at once to what was freed last, up to 32 MB;
   what is smaller stays, in pieces that do not fit what comes next: 20 to 80 % more than the tensors. The size is fixed here.
+* glibc's heap keeps what is freed, and what a layer leaves alive lies between: holes that do not fit what comes next. ``give_back``
+  hands their pages to the system, at the few moments at which many are there and most is yet to come.
 """
 
 import ctypes
+import functools
 import os
 import sys
+from collections.abc import Callable
 
-PRIMITIVES = 256
+PRIMITIVES = 64
 """Compiled matrix products that are kept."""
 _ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
@@ -35,11 +39,26 @@ def prepare() -> None:
     """Sets what torch and its libraries read when they are loaded; to be called before that."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if sys.platform != "linux" or {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None or {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return  # not glibc
     mallopt(_MMAP_THRESHOLD, LARGE)
     mallopt(_TRIM_THRESHOLD, 16 * LARGE)
+
+
+def give_back(device: str) -> None:
+    """Hands the free pages of the heap back to the system, those between live ones too, where tensors of ``device`` lie in it."""
+    trim = _of_glibc("malloc_trim") if device == "cpu" else None
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except AttributeError:
+        return None  # another C library
+    return found

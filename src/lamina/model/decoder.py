@@ -6,7 +6,7 @@ decoder knows no adapters (leaves are replaced), no loss (it returns hidden stat
 """
 
 from contextlib import nullcontext
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lamina.ops.norm import rms_norm
 from lamina.ops.rotary import rotate
 from lamina.ops.shapes import Float, Int
 from lamina.ops.swiglu import swiglu
+from lamina.process import give_back
 
 
 @runtime_checkable  # so that the tests can check the annotations that name it
@@ -143,11 +144,18 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.model.layers):
             if index < checkpointed and torch.is_grad_enabled():
                 with save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext():
-                    x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                    x = checkpoint(_compactly, layer, x, cos, sin, attend, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, attend)
         hidden: Tensor = self.model.norm(x)
         return hidden
+
+
+def _compactly(layer: Layer, x: Tensor, *others: Any) -> Tensor:
+    """A checkpointed layer, forward or again. So little is kept of one that the holes it leaves in a CPU's heap would be the larger part."""
+    give_back(x.device.type)
+    out: Tensor = layer(x, *others)
+    return out
 
 
 def angles(rope: Rope, head_width: int, position: Int[Tensor, " N"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from lamina.errors import DataError, TrainingError
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
 from lamina.ops.loss import cross_entropy_sum
+from lamina.process import give_back
 from lamina.section import section
 from lamina.training.finite import refuse_broken_adapter, refuse_non_finite, refuse_silent
 from lamina.training.optimizer import Kind, Schedule, adamw, rate_factor, rule_of_thumb
@@ -202,15 +203,21 @@ def train(
 
 def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     """One micro-batch forward and backward: adds its gradient to the adapter's, returns the summed loss."""
-    device = model.vocabulary.device
-    kept = training.checkpoint_layers or 0, training.offload_checkpoints
-    loss, _ = cross_entropy_sum(  # the hidden states have no name here: one would keep them through the backward pass
-        model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept),
-        model.vocabulary,
-        batch.targets.to(device),
-    )
+    targets = batch.targets.to(model.vocabulary.device)
+    # The hidden states have no name here: one would keep them through the backward pass.
+    loss, _ = cross_entropy_sum(_hidden(model, batch, training), model.vocabulary, targets)
     loss.backward()
     return loss.detach()
+
+
+def _hidden(model: Decoder, batch: Batch, training: Training) -> Tensor:
+    """The hidden states; on a CPU what the heap has free goes back before them and, at the step's peak, before the loss."""
+    device = model.vocabulary.device
+    kept = training.checkpoint_layers or 0, training.offload_checkpoints
+    give_back(device.type)
+    hidden: Tensor = model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept)
+    give_back(device.type)
+    return hidden
 
 
 def _norms(parameters: list[nn.Parameter]) -> Tensor:
