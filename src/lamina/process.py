@@ -6,14 +6,15 @@ Measured in docs/log.md; everything here is a default that the environment overr
   from the very thread they wait for: a training step took four times as long. Threads that sleep at once cost a fifth of the
   speed on a machine that is free. A quarter of a millisecond has nearly the best of both.
 * ``ONEDNN_PRIMITIVE_CACHE_CAPACITY``, ``LRU_CACHE_CAPACITY``: in bf16 on a CPU every shape of a matrix product is compiled and
-  kept, a third to one and a half megabytes each, up to 1,024 of them in each of two caches. Micro-batches differ in
-  length, so a run grew by more than a gigabyte in its first hundred steps. 256 are more than a micro-batch uses.
+  kept, about half a megabyte each, up to 1,024 of them in each of two caches. Micro-batches differ in length, so a run
+  grew by more than a gigabyte in its first hundred steps. A micro-batch needs 55 different ones, for its layers to share, and
+  the next, of another length, needs others: more than one micro-batch's are of no use.
 * ``THP_MEM_ALLOC_ENABLE``: tensors of two megabytes and more lie in huge pages. Memory fresh from the system costs a fault a
   page, and 512 times fewer pages cost less.
 * glibc's allocator raises the size from which memory goes back to the system at once to what was freed last, up to 32 MB;
   what is smaller stays, in pieces that do not fit what comes next: 20 to 80 % more than the tensors. The size is fixed here.
-* glibc's heap keeps what is freed, and what a layer leaves alive lies between: holes that do not fit what comes next. ``give_back``
-  hands their pages to the system, at the few moments at which many are there and most is yet to come.
+* glibc's heap keeps what is freed, and what a layer leaves alive lies between: holes that often do not fit what comes next.
+  ``give_back`` hands their pages to the system, where a step is about to need the most.
 """
 
 import ctypes

@@ -152,7 +152,7 @@ class Decoder(nn.Module):
 
 
 def _compactly(layer: Layer, x: Tensor, *others: Any) -> Tensor:
-    """A checkpointed layer, forward or again. So little is kept of one that the holes it leaves in a CPU's heap would be the larger part."""
+    """A checkpointed layer, forward or again; it keeps so little that the holes which it leaves in a CPU's heap would weigh more."""
     give_back(x.device.type)
     out: Tensor = layer(x, *others)
     return out
