@@ -2,7 +2,9 @@
 
 Each configuration runs in a process of its own, as ``lamina train`` runs it: a small model first, so that libraries are there;
 then the model is loaded, the heaviest micro-batch computed, and some steps are trained. Measured is the peak of the resident
-memory above what the process had before the model was loaded. ``--tiny`` tries the benchmark itself and writes nothing.
+memory above what the process had before the model was loaded. The rows of all steps have the same lengths, but where more
+than a few steps are asked for: then lengths are drawn for each, as real data has them, and every micro-batch is of a new size.
+``--tiny`` tries the benchmark itself and writes nothing.
 """
 
 import argparse
@@ -24,6 +26,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "memory_cpu.csv"
 SMALL = Shape(width=64, layers=1, mlp=128, heads=2, vocabulary=256, rank=4)
 MODELS = {
+    "0.7m": Shape(width=128, layers=2, mlp=384, heads=8, kv_heads=4, vocabulary=2048),
     "13m": Shape(width=256, layers=6, mlp=768, heads=4, vocabulary=16_000),
     "40m": Shape(width=512, layers=6, mlp=1536, heads=8, vocabulary=24_000),
     "134m": Shape(width=768, layers=12, mlp=2048, heads=12, vocabulary=32_000),
@@ -51,6 +54,8 @@ GRID: list[dict[str, Any]] = [
     {"lengths": [512] * 8, "micro_batch_tokens": 1024},
     {"share": 0.2},
     {"dropout": 0.1},
+    {"steps": 40, "model": "0.7m"},
+    {"steps": 15},
 ]
 FIELDS = [
     "date",
@@ -84,7 +89,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         rank=job["rank"], **({**chosen, "targets": tuple(chosen["targets"])} if "targets" in chosen else chosen)
     )
     training = Training(
-        steps=3,
+        steps=job.get("steps", 3),
         batch_size=len(job["lengths"]),
         checkpoint_layers=job.get("checkpointed", 0),
         micro_batch_tokens=job.get("micro_batch_tokens", 4096),
@@ -97,6 +102,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             Rendered(random.integers(0, vocabulary, n, dtype=np.int32), np.arange(n) >= max(1, (1 - share) * n), row)
             for row, n in enumerate(lengths)
         ]
+
+    def drawn(lengths: list[int]) -> list[int]:
+        shares = np.random.default_rng(1).uniform(0.2, 1.0, (job["steps"], len(lengths)))
+        return [int(length) for length in (shares * lengths).flat]
 
     def run(folder: str, lora: LoRA, lengths: list[int]) -> tuple[Any, Any]:
         model = load_model(folder, job["dtype"], "cpu", base=job["base"])
@@ -111,7 +120,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     meter = Meter(torch.device("cpu"))
-    model, found = run(job["folder"], lora, job["lengths"])
+    model, found = run(job["folder"], lora, drawn(job["lengths"]) if "steps" in job else job["lengths"])
     measured = meter.peak()
     setup = in_process(
         Setup(

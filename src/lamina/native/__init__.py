@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lamina.process import of_glibc
+
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp")
 MEMORY_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC")
 LANES = 16
@@ -75,6 +77,14 @@ def about(device: str, dtype: torch.dtype) -> str:
     return " by compiled kernels" if library() else f" by torch's own kernels ({_kernels()[1]}; a third slower)"
 
 
+def give_back() -> None:
+    """Hands free memory of the process to the system, also what lies between live tensors: before its memory is measured."""
+    if keep_memory.cache_info().currsize and (made := _memory()[0]) is not None:
+        made.trim_arena()
+    if (trim := of_glibc("malloc_trim")) is not None:
+        trim(0)
+
+
 @cache
 def keep_memory() -> bool:
     """Lays torch's large tensors from now on where freed memory serves the next one (``memory.cpp``); whether that could be done.
@@ -83,10 +93,15 @@ def keep_memory() -> bool:
     """
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return False  # addresses are counted, and should be there for all
+    made, _ = _memory()
+    return made is not None and bool(made.use_arena(ctypes.c_size_t(RANGE)))
+
+
+@cache
+def _memory() -> tuple[ctypes.CDLL | None, str]:
     torch_folder = Path(torch.__file__).parent
     flags = [*MEMORY_FLAGS, "-isystem", str(torch_folder / "include"), f"-L{torch_folder / 'lib'}"]
-    made, _ = _compiled("memory", _compiler("CXX", "c++", "g++", "clang++"), flags, "*.cpp", ["-lc10"])
-    return made is not None and bool(made.use_arena(ctypes.c_size_t(RANGE)))
+    return _compiled("memory", _compiler("CXX", "c++", "g++", "clang++"), flags, "*.cpp", ["-lc10"])
 
 
 @cache

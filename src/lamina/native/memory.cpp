@@ -76,6 +76,11 @@ public:
         return true;
     }
 
+    void trim() {
+        std::lock_guard<std::mutex> alone(busy);
+        for (auto [at, size] : holes) madvise(at, size, MADV_DONTNEED);
+    }
+
     c10::DataPtr allocate(size_t size) override {
         void *data = size < SMALL ? nullptr : take(up(size, PAGE));
         if (!data) data = c10::alloc_cpu(size); /* it also says what is wrong where there is no memory */
@@ -106,3 +111,6 @@ extern "C" int use_arena(size_t size) {
     c10::SetCPUAllocator(&arena(), 1);
     return 1;
 }
+
+/* Hands what is free back to the system. */
+extern "C" void trim_arena() { arena().trim(); }

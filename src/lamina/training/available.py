@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from lamina.native import give_back
+
 _PAGE = resource.getpagesize()
 _UNLIMITED = 2**62  # what version 1 of cgroups says where there is no limit is larger
 
@@ -89,6 +91,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
+            give_back()  # or what was freed would count as taken before
             if sys.platform == "linux":
                 with contextlib.suppress(OSError):  # where /proc is read-only the peak is that of the whole process
                     Path("/proc/self/clear_refs").write_text("5")  # the system's own peak starts again from here

@@ -37,7 +37,6 @@ class Setup:
         double: whether the scales of 4-bit blocks are quantised too.
         dropout: whether the adapters' inputs are dropped at random.
         runtime: what the process takes beside tensors.
-        holes: share of what a step allocates that lies unused between its tensors.
         ledger: whether A and B are copied around the optimiser's step, to see how far it moves them.
     """
 
@@ -50,7 +49,6 @@ class Setup:
     dropout: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     runtime: int = 0
-    holes: float = 0.0
     ledger: bool = False
 
     def by_kernels(self, width: int) -> bool:

@@ -79,21 +79,19 @@ class Plan:
         return self.peak.total
 
 
-LIBRARIES = {"cpu": 40_000_000, "cuda": 40_000_000}
-"""Bytes that a run takes beside its tensors. On a CPU: code that runs for the first time, oneDNN's primitives and scratchpads,
-the optimiser's first step (benchmarks/memory.py). On CUDA, in torch's allocator: the workspace of cuBLAS; not measured on hardware yet."""
+LIBRARIES = {"cpu": 30_000_000, "cuda": 40_000_000}
+"""Bytes that a run takes beside its tensors. On a CPU: most of it oneDNN's compiled products, of which ``process.py`` keeps few, then
+code that runs for the first time and the heap's holes (benchmarks/memory.py). On CUDA, in torch's allocator: the workspace of cuBLAS;
+not measured on hardware yet."""
 
 WRITER = 45_000_000
 """Resident bytes of the library that writes the ledger, once it has written."""
-
-HOLES = {"cpu": 0.08, "cuda": 0.0}
-"""Share of what a step allocates that glibc's heap keeps in holes between tensors of other sizes (docs/log.md)."""
 
 
 def in_process(setup: Setup) -> Setup:
     """The setup with what a process takes beside its tensors: resident memory on a CPU, the allocator's on CUDA."""
     writer = WRITER if setup.device == "cpu" and setup.ledger else 0
-    return replace(setup, runtime=LIBRARIES[setup.device] + writer, holes=HOLES[setup.device])
+    return replace(setup, runtime=LIBRARIES[setup.device] + writer)
 
 
 def ranks_of(architecture: Architecture, lora: LoRA) -> dict[str, int]:
@@ -178,9 +176,8 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     optimiser = round(2 * sum(size * _moment_bytes(setup, size) for size in _factors(setup)))
 
     def alive(name: str, **made: int) -> Moment:
-        runtime = setup.runtime + round(setup.holes * sum(made.values()))
         always = {"weights": weights(setup), "adapters": numbers * FLOAT, "optimiser": optimiser}
-        return Moment(name, **{"gradients": 0, **always, **made}, runtime=runtime)
+        return Moment(name, **{"gradients": 0, **always, **made}, runtime=setup.runtime)
 
     gradients = numbers * FLOAT if portion.accumulated else 0
     copies = 2 * numbers * FLOAT * setup.ledger  # of A and B before the step, and stacked after it
