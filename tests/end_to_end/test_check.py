@@ -184,6 +184,8 @@ def test_what_a_run_would_be_refused_for_is_told_together(
     assert {"nothing-held-out", "schedule-and-warmup"} <= set(told)
     assert "'q_porj' matches no linear of the model" in told["targets"]["found"]
     assert told["max-length"]["mend"] == "run with --max-length 128"
+    again = told_by(capsys, "--model", str(base), "--data", clean(tmp_path), "--optimizer", "paged-adamw")
+    assert {rule for rule, finding in again.items() if finding["grade"] == "error"} == {"paged-optimizer"}, "told once"
 
 
 def test_memory_that_does_not_suffice(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,8 @@ class _Examination:
                     "targets", error, "--targets all-linear, or some of the names above; --rank within what fits"
                 )
             try:
-                refuse(replace(self.job, adapter=LoRA(rank=1)), self.folder)
+                optimizer_apart = replace(self.job.train, optimizer="adamw")  # it has a rule of its own
+                refuse(replace(self.job, adapter=LoRA(rank=1), train=optimizer_apart), self.folder)
             except ConfigError as error:
                 self.refuse("checkpoint-layers", error, "--checkpoint-layers none, which lets the plan choose")
                 self.job = replace(self.job, train=replace(self.job.train, checkpoint_layers=None))
