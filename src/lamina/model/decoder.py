@@ -55,13 +55,20 @@ class Attention(nn.Module):
         self.q_norm = Norm(a.head_width, a.norm_eps) if a.qk_norm else nn.Identity()
         self.k_norm = Norm(a.head_width, a.norm_eps) if a.qk_norm else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "N D"], cos: Tensor, sin: Tensor, attend: Attend) -> Float[Tensor, "N D"]:
+    def forward(
+        self, x: Float[Tensor, "N D"], cos: Tensor, sin: Tensor, attend: Attend, wanted: Int[Tensor, " S"] | None = None
+    ) -> Float[Tensor, "S D"]:
         heads = (x.shape[0], -1, self.head_width)
         query = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)  # [N, H, h]
         key = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)  # [N, K, h]
         value = self.v_proj(x).view(heads)  # [N, K, h]
-        mixed: Tensor = self.o_proj(attend(self.layer, query, key, value, self.window).flatten(1))
-        return mixed
+        mixed = attend(self.layer, query, key, value, self.window).flatten(1)
+        out: Tensor = self.o_proj(_of(mixed, wanted))
+        return out
+
+
+def _of(x: Float[Tensor, "N D"], wanted: Int[Tensor, " S"] | None) -> Float[Tensor, "S D"]:
+    return x if wanted is None else x.index_select(0, wanted)
 
 
 class MLP(nn.Module):
@@ -88,8 +95,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(a.width, a.norm_eps)
         self.mlp = MLP(a)
 
-    def forward(self, x: Float[Tensor, "N D"], cos: Tensor, sin: Tensor, attend: Attend) -> Float[Tensor, "N D"]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(
+        self, x: Float[Tensor, "N D"], cos: Tensor, sin: Tensor, attend: Attend, wanted: Int[Tensor, " S"] | None = None
+    ) -> Float[Tensor, "S D"]:
+        x = _of(x, wanted) + self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -127,7 +136,8 @@ class Decoder(nn.Module):
         attend: Attend,
         checkpointed: int = 0,
         offload: bool = False,
-    ) -> Float[Tensor, "N D"]:
+        wanted: Int[Tensor, " S"] | None = None,
+    ) -> Float[Tensor, "S D"]:
         """Computes the hidden states after the final norm.
 
         Args:
@@ -137,15 +147,18 @@ class Decoder(nn.Module):
             checkpointed: how many layers, from the first, keep only their input and are computed again in the backward
                 pass (Chen et al. 2016, arXiv:1604.06174).
             offload: keep those inputs in the host's memory.
+            wanted: the tokens whose hidden states are returned, all if not given. Nothing looks at the others after the last
+                attention, so what follows it is computed for these alone.
         """
         x = self.model.embed_tokens(tokens)
         cos, sin = angles(self.architecture.rope, self.architecture.head_width, position, x.dtype)
         for index, layer in enumerate(self.model.layers):
+            of = wanted if index + 1 == len(self.model.layers) else None
             if index < checkpointed and torch.is_grad_enabled():
                 with save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext():
-                    x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                    x = checkpoint(layer, x, cos, sin, attend, of, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(x, cos, sin, attend, of)
         hidden: Tensor = self.model.norm(x)
         return hidden
 

@@ -43,7 +43,9 @@ def cross_entropy_sum(
     ``hidden`` only; ``vocabulary`` is frozen.
     """
     supervised = (targets != IGNORED).nonzero().squeeze(1)
-    total: Tensor = _CrossEntropySum.apply(hidden[supervised], vocabulary, targets[supervised])  # type: ignore[no-untyped-call]
+    if len(supervised) < len(targets):
+        hidden, targets = hidden[supervised], targets[supervised]
+    total: Tensor = _CrossEntropySum.apply(hidden, vocabulary, targets)  # type: ignore[no-untyped-call]
     return total, len(supervised)
 
 

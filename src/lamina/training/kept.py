@@ -102,6 +102,7 @@ class Layer:
         entering: whether its input needs a gradient, that is, whether an adapter lies below.
 
     Attributes:
+        n, after: tokens, and those of them for which what follows attention is computed: in the last layer, the supervised ones.
         leaving: whether its output needs a gradient; where it does not, nothing is kept.
         attention, norm, mlp: what its first half keeps, the norm after it, and the rest.
         forward, backward: what the MLP needs beside in either direction, at most.
@@ -114,6 +115,7 @@ class Layer:
 
     def __init__(self, setup: Setup, portion: Portion, index: int, entering: bool) -> None:
         self.setup, self.n, self.e = setup, portion.tokens, setup.itemsize
+        self.after = portion.supervised if index + 1 == setup.architecture.layers else self.n
         self.shapes = shapes(setup.architecture)
         paths = {name: f"model.layers.{index}.{name}" for name in self.shapes}
         self.ranks = {name: setup.ranks[path] for name, path in paths.items() if path in setup.ranks}
@@ -128,12 +130,10 @@ class Layer:
         self.plainly = self.n * (not kernel)  # tokens that SDPA attends
         self.mixing = self._mixing(max(portion.lengths)) if kernel and self.leaving else 0
         self.attention = self._attention(sum(length * length for length in masked))
-        self.mixing_forward = max(masked, default=0) ** 2 * (
-            INDEX + 1
-        )  # masks: distances as indices, and a bool of each
-        if kernel:
-            self.mixing_forward = working_memory(max(portion.lengths), width, "attention")
-        self.norm = norm_kept(setup, self.n, setup.architecture.width) if self.middle else 0
+        # The kernel's memory, or a mask: distances as indices, and a bool of each.
+        mask = max(masked, default=0) ** 2 * (INDEX + 1)
+        self.mixing_forward = working_memory(max(portion.lengths), width, "attention") if kernel else mask
+        self.norm = norm_kept(setup, self.after, setup.architecture.width) if self.middle else 0
         self.mlp, self.forward, self.backward = self._mlp()
         self.trainable = sum(self._trainable(name) for name in self.ranks)
         self.mlp_trainable = sum(self._trainable(name) for name in self.ranks if name.startswith("mlp"))
@@ -149,7 +149,7 @@ class Layer:
         names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
         needs = [self.entering or name in self.ranks for name in names]
         kept = norm_kept(self.setup, n, a.width) if self.entering else 0
-        kept += self._read(names, self.entering)
+        kept += self._read(names, self.entering, n)
         if a.qk_norm:
             query, key = n * a.heads * needs[0], n * a.kv_heads * needs[1]
             of_key = norm_kept(self.setup, key, a.head_width)
@@ -162,7 +162,7 @@ class Layer:
             kept += n * (a.heads + 2 * a.kv_heads) * a.head_width * e  # q and k as they were rotated, v
             kept += self.plainly * a.heads * (a.head_width * e + FLOAT)  # SDPA's output, log Σ exp of each row
             kept += masked * e
-        self.output = self._read(["self_attn.o_proj"], any(needs))
+        self.output = self._read(["self_attn.o_proj"], any(needs), self.after)
         return kept + self.output
 
     def _mixing(self, longest: int) -> int:
@@ -172,12 +172,12 @@ class Layer:
         return gradients + working_memory(longest, a.head_width)
 
     def _mlp(self) -> tuple[int, int, int]:
-        numbers = self.n * self.setup.architecture.mlp_width
-        stream, inner = self.n * self.setup.architecture.width * self.e, numbers * self.e
+        numbers = self.after * self.setup.architecture.mlp_width
+        stream, inner = self.after * self.setup.architecture.width * self.e, numbers * self.e
         gate, up = (self.middle or f"mlp.{name}_proj" in self.ranks for name in ("gate", "up"))
         product, down = gate or up, "mlp.down_proj" in self.ranks
-        kept = inner * 2 * product + self._read(["mlp.gate_proj", "mlp.up_proj"], self.middle)
-        kept += self._read(["mlp.down_proj"], product)
+        kept = inner * 2 * product + self._read(["mlp.gate_proj", "mlp.up_proj"], self.middle, self.after)
+        kept += self._read(["mlp.down_proj"], product, self.after)
         # Forward: both factors and the product, then the product and the output; beside them the residual stream, which the
         # norm keeps where it keeps anything, and the MLP's input.
         reads = not self.setup.dropout  # with dropout, what an adapted linear keeps is not its input
@@ -190,8 +190,8 @@ class Layer:
         few = min(numbers, GATE_CHUNK.get(self.setup.device, numbers)) * self.e * (not self.setup.by_kernels(numbers))
         return kept, forward, inner * (product * (not down) + gate + up) + few * (product and reads)
 
-    def _read(self, names: list[str], needs: bool) -> int:
-        """What the adapted ones of some linears keep that read the same input: x once, x·Aᵀ, A and B as they are used.
+    def _read(self, names: list[str], needs: bool, tokens: int) -> int:
+        """What the adapted ones of some linears keep that read the same input of so many tokens: x once, x·Aᵀ, A and B as they are used.
 
         With dropout each reads an input of its own, and where the input needs a gradient, the mask of it is kept too.
         """
@@ -199,8 +199,8 @@ class Layer:
         if not ranks:
             return 0
         own = 0 if self.e == FLOAT else self.e  # in fp32 the masters themselves are used
-        kept = sum(self.n * rank * self.e + self._trainable(name) * own for name, rank in ranks.items())
-        x = self.n * self.shapes[names[0]][1]
+        kept = sum(tokens * rank * self.e + self._trainable(name) * own for name, rank in ranks.items())
+        x = tokens * self.shapes[names[0]][1]
         if not self.setup.dropout:
             return kept + x * self.e
         mask = self.e if self.setup.device == "cpu" else 1

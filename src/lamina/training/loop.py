@@ -24,7 +24,7 @@ from lamina.data.render import Rendered
 from lamina.errors import DataError, TrainingError
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
-from lamina.ops.loss import cross_entropy_sum
+from lamina.ops.loss import IGNORED, cross_entropy_sum
 from lamina.section import section
 from lamina.training.finite import refuse_broken_adapter, refuse_non_finite, refuse_silent
 from lamina.training.optimizer import Kind, Schedule, adamw, rate_factor, rule_of_thumb
@@ -204,10 +204,11 @@ def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     """One micro-batch forward and backward: adds its gradient to the adapter's, returns the summed loss."""
     device = model.vocabulary.device
     kept = training.checkpoint_layers or 0, training.offload_checkpoints
+    learnt = (batch.targets != IGNORED).nonzero().squeeze(1)
     loss, _ = cross_entropy_sum(  # the hidden states have no name here: one would keep them through the backward pass
-        model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept),
+        model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept, learnt.to(device)),
         model.vocabulary,
-        batch.targets.to(device),
+        batch.targets[learnt].to(device),
     )
     loss.backward()
     return loss.detach()

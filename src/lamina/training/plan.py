@@ -192,11 +192,11 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
         stream = 0 if portion.offload else n * a.width * e * layer.leaving
         kept = stream if index < portion.checkpointed else layer.kept
         below.append(below[-1] + kept)
-    kept = below[-1] + norm_kept(setup, n, a.width)
-    rows = n * a.width * e + loss_rows(setup, portion.supervised)
+    kept = below[-1] + norm_kept(setup, portion.supervised, a.width)
+    rows = loss_rows(setup, portion.supervised)
     slices = loss_slices(setup, portion.supervised)
     yield alive("loss", gradients=gradients, activations=kept + rows, loss_slices=slices, buffers=_buffer(setup, n))
-    norm = norm_working(setup, n, a.width)
+    norm = norm_working(setup, portion.supervised, a.width)
     yield alive("final norm, backward", gradients=gradients, activations=kept, buffers=_buffer(setup, n) + norm)
     for index, layer in enumerate(layers):
         done = gradients or FLOAT * sum(above.trainable for above in layers[index + 1 :])
@@ -212,10 +212,10 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
 
 def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, int, int]]:
     """The moments of a layer: name, bytes of its own gradients, what it keeps, and what the moment needs beside."""
-    a, n = setup.architecture, layer.n
-    stream, inner = n * a.width * setup.itemsize, n * a.mlp_width * setup.itemsize
-    frozen = _product(setup, n, a.mlp_width, a.width)
-    entry = stream * (not layer.entering)  # its input, where that is not kept as it is
+    a, n, after = setup.architecture, layer.n, layer.after
+    whole, stream, inner = (rows * width * setup.itemsize for rows, width in ((n, a.width), (after, a.width), (after, a.mlp_width)))
+    frozen = _product(setup, after, a.mlp_width, a.width)
+    entry = whole * (not layer.entering)  # its input, where that is not kept as it is
     upon = stream * (again and layer.leaving)  # computed again, the gradient of its output is there already
     yield "attention", 0, layer.attention + entry + upon, layer.mixing_forward
     yield "forward", 0, layer.kept + entry + upon, max(layer.forward, stream + frozen)
@@ -223,7 +223,7 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
         upon = stream * layer.middle + entry * again  # the gradient that goes past the MLP
         yield "MLP backward", FLOAT * layer.down_trainable, layer.kept + upon, max(layer.backward, inner + frozen)
         upon = stream + entry * again
-        norm = norm_working(setup, n, a.width) if layer.middle else 0
+        norm = norm_working(setup, after, a.width) if layer.middle else 0
         yield "norm backward", FLOAT * layer.mlp_trainable, layer.attention + layer.norm + upon, norm
         yield "attention backward", FLOAT * layer.mlp_trainable, layer.attention - layer.output + upon, layer.mixing
         kept, norm = layer.qk_norms

@@ -118,3 +118,16 @@ def test_no_gradient_flows_below_the_lowest_adapter(checkpointed: int) -> None:
     found = loss_and_gradients(model, tokens, LENGTHS, checkpointed)
     assert needs == {0: False, 1: False, 2: True, 3: True}
     assert all(gradient.any() for gradient in found[1:])
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_only_the_wanted_tokens_are_computed_at_the_end(family: str, checkpointed: int) -> None:
+    """The rows of the whole result, in the order asked for, up to the order of a GEMM's sums; and the last MLP reads no others."""
+    model, tokens = with_adapter(family), some_tokens(LENGTHS)
+    wanted = torch.tensor([46, 0, 3, 30, 29])
+    seen = []
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    given = tokens, places(LENGTHS), Packed(LENGTHS), checkpointed
+    torch.testing.assert_close(model(*given, wanted=wanted), model(*given)[wanted], rtol=0, atol=1e-5)
+    assert seen == [5, len(tokens)]

@@ -1,7 +1,7 @@
 """Whatever makes a step fast changes nothing of it: each choice on and off, in every combination, against the plain step.
 
-The plain step computes the examples one by one, with the inputs that come after an example's last target, keeps everything and compiles
-nothing. In fp32 the choices change the order of sums and the shapes of GEMMs, a few roundings of 6e-8 each: the loss, a sum of some
+The plain step computes the examples one by one, with the inputs that come after an example's last target, every layer for all of its
+tokens, keeps everything and compiles nothing. In fp32 the choices change the order of sums and the shapes of GEMMs, a few roundings of 6e-8 each: the loss, a sum of some
 dozens of terms of one sign, stays within 1e-6; a gradient's terms cancel in part, so that it is given 1e-5 (the 2-norm of each matrix).
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from lamina.adapter import LoRA, adapted, attach
 from lamina.data.pack import NONE, Batch, pack
 from lamina.data.render import Rendered
+from lamina.model.decoder import Decoder
 from lamina.training.loop import Training, backward
 
 LAYERS = 3
@@ -62,6 +63,8 @@ def step(portion: str, pruned: bool, choices: dict[str, Any]) -> tuple[Tensor, d
     for module in modules.values():
         torch.nn.init.normal_(module.b, std=0.1)
     model.train()
+    if not pruned:
+        model.forward = lambda *given: Decoder.forward(model, *given[:-1])[given[-1]]  # type: ignore[method-assign]
     training = Training(learning_rate=1e-3, **choices)
     loss = torch.stack([backward(model, batch, training) for batch in batches(PORTIONS[portion], pruned)]).sum()
     return loss, {f"{path}.{name}": getattr(m, name).grad for path, m in adapted(model).items() for name in "ab"}
