@@ -213,7 +213,9 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
 def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, int, int]]:
     """The moments of a layer: name, bytes of its own gradients, what it keeps, and what the moment needs beside."""
     a, n, after = setup.architecture, layer.n, layer.after
-    whole, stream, inner = (rows * width * setup.itemsize for rows, width in ((n, a.width), (after, a.width), (after, a.mlp_width)))
+    whole, stream, inner = (
+        rows * width * setup.itemsize for rows, width in ((n, a.width), (after, a.width), (after, a.mlp_width))
+    )
     frozen = _product(setup, after, a.mlp_width, a.width)
     entry = whole * (not layer.entering)  # its input, where that is not kept as it is
     upon = stream * (again and layer.leaving)  # computed again, the gradient of its output is there already

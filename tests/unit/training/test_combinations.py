@@ -1,8 +1,10 @@
 """Whatever makes a step fast changes nothing of it: each choice on and off, in every combination, against the plain step.
 
 The plain step computes the examples one by one, with the inputs that come after an example's last target, every layer for all of its
-tokens, keeps everything and compiles nothing. In fp32 the choices change the order of sums and the shapes of GEMMs, a few roundings of 6e-8 each: the loss, a sum of some
-dozens of terms of one sign, stays within 1e-6; a gradient's terms cancel in part, so that it is given 1e-5 (the 2-norm of each matrix).
+tokens, keeps everything and compiles nothing.
+
+In fp32 the choices change the order of sums and the shapes of GEMMs, a few roundings of 6e-8 each: the loss, a sum of some dozens
+of terms of one sign, stays within 1e-6; a gradient's terms cancel in part, so that it is given 1e-5 (the 2-norm of each matrix).
 """
 
 import dataclasses

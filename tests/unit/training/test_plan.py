@@ -107,9 +107,9 @@ def made(moment: Moment, accumulated: bool) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("settings", CASES)
 def test_a_micro_batch_takes_what_the_plan_says(settings: dict[str, Any], dtype: str) -> None:
-    """Exact up to what kernels allocate for a moment and no shape tells: 1 % and 120 kB, of 3 to 60 MB.
+    """Exact up to what kernels allocate for a moment and no shape tells: 1 % and 200 kB, of 3 to 60 MB.
 
-    In bf16, attention on a CPU has buffers of its own for each thread, and a GEMM may convert an operand.
+    In bf16 on a CPU a GEMM has a scratchpad, of up to 160 kB here.
     """
     settings = dict(settings)
     lengths, share = settings.pop("lengths", LENGTHS), settings.pop("share", 0.66)
@@ -126,7 +126,7 @@ def test_a_micro_batch_takes_what_the_plan_says(settings: dict[str, Any], dtype:
     predicted = plan(setup_of(model), portion_of(batch, checkpointed, accumulated))
     indices = 24 * sum(lengths)  # the batch was there before
     expected = max(made(moment, accumulated) for moment in predicted.moments) - indices
-    assert expected == pytest.approx(peak, rel=0.01, abs=120e3)
+    assert expected == pytest.approx(peak, rel=0.01, abs=200e3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,7 +172,7 @@ def test_a_run_takes_what_the_plan_says(dtype: str, micro_batch_tokens: int) -> 
     portions = [portion_of(batch, accumulated=number > 0) for number, batch in enumerate(batches)]
     predicted = plan(setup_of(model), *portions)
     expected = predicted.total - predicted.items["weights"] - predicted.items["adapters"]
-    assert expected == pytest.approx(peak, rel=0.01, abs=120e3)
+    assert expected == pytest.approx(peak, rel=0.01, abs=200e3)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-grouped", "mistral", "qwen2", "qwen3"])
