@@ -77,11 +77,13 @@ class AdaptedLinear(nn.Module):
 
     Attributes:
         strength: factor on the update, 1 as trained; 0 is exactly the base.
+        narrow: A and B in the activations' dtype, for as long as they do not change (``narrowed``).
     """
 
     def __init__(self, base: Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         self.base, self.scale, self.dropout, self.strength = base, scale, dropout, 1.0
+        self.narrow: tuple[Tensor, Tensor] | None = None
         device = device_of(base)
         self.a = nn.Parameter(torch.zeros(rank, base.in_features, dtype=torch.float32, device=device))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
@@ -93,7 +95,8 @@ class AdaptedLinear(nn.Module):
             return out
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
         scale = self.scale * self.strength
-        return adapted_linear(x, dropped, form_of(self.base), self.base.bias, self.a, self.b, scale)
+        a, b = (self.narrow if not torch.is_grad_enabled() else None) or (self.a, self.b)
+        return adapted_linear(x, dropped, form_of(self.base), self.base.bias, a, b, scale)
 
 
 def attach(model: Decoder, lora: LoRA, seed: int = 0) -> dict[str, AdaptedLinear]:
@@ -147,6 +150,20 @@ def adapter_scale(model: nn.Module, strength: float) -> Iterator[None]:
     finally:
         for module, strength_before in zip(modules, before, strict=True):
             module.strength = strength_before
+
+
+@contextlib.contextmanager
+def narrowed(model: Decoder) -> Iterator[None]:
+    """Runs a block in which A and B do not change: without gradients they are cast to the activations' dtype once, and not for
+    every token."""
+    modules = list(adapted(model).values())
+    for module in modules:
+        module.narrow = module.a.detach().to(model.vocabulary.dtype), module.b.detach().to(model.vocabulary.dtype)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.narrow = None
 
 
 def choose(model: Decoder, lora: LoRA) -> list[str]:

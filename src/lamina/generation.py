@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina.adapter import narrowed
 from lamina.errors import DataError, ModelError
 from lamina.model.decoder import Decoder
 from lamina.ops.cache import Cache
@@ -150,6 +151,13 @@ def _steps(
     model: Decoder, prompts: dict[int, Sequence[int]], sampling: Sampling, stop: AbstractSet[int], seed: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields each step's tokens, as pairs of prompt number and token, a stop token included."""
+    with narrowed(model):
+        yield from _narrowed_steps(model, prompts, sampling, stop, seed)
+
+
+def _narrowed_steps(
+    model: Decoder, prompts: dict[int, Sequence[int]], sampling: Sampling, stop: AbstractSet[int], seed: int
+) -> Iterator[list[tuple[int, int]]]:
     a, device = model.architecture, model.vocabulary.device
     rows, lengths = list(prompts), [len(prompt) for prompt in prompts.values()]
     limits = [min(sampling.max_new_tokens, a.max_position - length) for length in lengths]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamina import generation as module
+from lamina.adapter import LoRA, attach
 from lamina.errors import ConfigError, DataError, ModelError
 from lamina.generation import Generated, Sampling, generate, stream
 from lamina.model.architecture import Architecture, Rope
@@ -221,10 +222,28 @@ def test_dropout_is_off_while_the_model_runs_and_on_again_afterwards() -> None:
 
 def test_a_model_can_be_trained_between_the_tokens_of_a_stream() -> None:
     model = decoder().requires_grad_(True)
+    modules = attach(model, LoRA(rank=2)).values()
     for _ in stream(model, [1, 2, 3], Sampling(max_new_tokens=2), set(), seed=0):
         assert torch.is_grad_enabled()
         uncached(model, [1, 2, 3]).sum().backward()
     assert model.model.embed_tokens.weight.grad is not None
+    assert all(module.b.grad is not None for module in modules)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_adapter_is_cast_for_the_answer_and_free_to_learn_after_it(dtype: torch.dtype) -> None:
+    model = decoder().to(dtype)
+    modules = attach(model, LoRA(rank=2)).values()
+    answers = []
+    for _ in range(2):
+        tokens = stream(model, prompts(9)[0], Sampling(max_new_tokens=8), set(), 0)
+        first = next(tokens)
+        assert all(module.narrow is not None and module.narrow[0].dtype == dtype for module in modules)
+        answers.append([first, *tokens])
+        assert all(module.narrow is None for module in modules)
+        for module in modules:
+            torch.nn.init.normal_(module.b, std=2.0)
+    assert answers[0] != answers[1]
 
 
 def test_no_prompts_give_no_answers() -> None:

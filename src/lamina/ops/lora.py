@@ -46,7 +46,22 @@ def adapted_linear(
 
     ``a`` and ``b`` may be wider than ``x`` (fp32 masters of a bf16 model): they are used in x's dtype.
     """
+    if not torch.is_grad_enabled():
+        return _products(x, dropped, weight, bias, a.to(x.dtype), b.to(x.dtype), scale)[0]
     return _AdaptedLinear.apply(x, dropped, weight, bias, a, b, scale)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _products(
+    x: Tensor, dropped: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The projection [N, out], and the adapter's inner product x·Aᵀ [N, R]."""
+    narrow = F.linear(dropped, a)
+    out = weight.multiply(x, bias)
+    if x.dtype == torch.float32:
+        out.add_(F.linear(narrow, b).mul_(scale))  # each product and sum rounded by itself, as PEFT does
+    else:
+        out.addmm_(narrow, b.t(), alpha=scale)
+    return out, narrow
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -56,12 +71,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.master = a.dtype
         a, b = a.to(x.dtype), b.to(x.dtype)
-        narrow = F.linear(dropped, a)  # [N, R]
-        out = weight.multiply(x, bias)
-        if x.dtype == torch.float32:
-            out.add_(F.linear(narrow, b).mul_(scale))  # each product and sum rounded by itself, as PEFT does
-        else:
-            out.addmm_(narrow, b.t(), alpha=scale)
+        out, narrow = _products(x, dropped, weight, bias, a, b, scale)
         ctx.save_for_backward(dropped, narrow, a, b)
         ctx.weight, ctx.scale, ctx.same = weight, scale, dropped is x  # W is frozen: no version of it to watch
         return out
