@@ -163,7 +163,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
     told = about(job, model, folder) | {"held_out_fingerprint": data.held_out.fingerprint, "seconds": watch.seconds}
     more = {"memory": {"planned": planned.as_json(), "measured_bytes": measured_peak}, "ledger_notes": notes}
     write_json(folder / "card.json", told | more | card.as_json())
-    with watch("page"):
+    with watch("page"), memory_told():
         write_page(folder, show.line)
     show.line(time_line(watch.seconds))
     return Result(folder, card)

@@ -124,7 +124,7 @@ class UnderWay:
             if stop:
                 self.show.line(f"stopped early: {patience} evaluations without a better one")
                 break
-            if interrupts.requested and not last:
+            if interrupts.requested:
                 raise KeyboardInterrupt(
                     f"interrupted after step {step.step} of {self.steps}; everything is saved; "
                     f"go on with: lamina train --resume {self.folder}"

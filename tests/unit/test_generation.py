@@ -227,7 +227,7 @@ def test_a_model_can_be_trained_between_the_tokens_of_a_stream() -> None:
         assert torch.is_grad_enabled()
         uncached(model, [1, 2, 3]).sum().backward()
     assert model.model.embed_tokens.weight.grad is not None
-    assert all(module.b.grad is not None for module in modules)
+    assert all(one.b.grad is not None for one in modules)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -238,11 +238,11 @@ def test_the_adapter_is_cast_for_the_answer_and_free_to_learn_after_it(dtype: to
     for _ in range(2):
         tokens = stream(model, prompts(9)[0], Sampling(max_new_tokens=8), set(), 0)
         first = next(tokens)
-        assert all(module.narrow is not None and module.narrow[0].dtype == dtype for module in modules)
+        assert all(one.narrow is not None and one.narrow[0].dtype == dtype for one in modules)
         answers.append([first, *tokens])
-        assert all(module.narrow is None for module in modules)
-        for module in modules:
-            torch.nn.init.normal_(module.b, std=2.0)
+        assert all(one.narrow is None for one in modules)
+        for one in modules:
+            torch.nn.init.normal_(one.b, std=2.0)
     assert answers[0] != answers[1]
 
 

@@ -3,7 +3,7 @@
 torch composes a norm, a gate or a rotation of simpler operations, each a pass over the whole tensor, and its attention computes in
 fp32 what bf16 instructions do at twice the rate; together that was a third of a step (docs/log.md). ``attention.c`` and ``rows.c``
 make one pass of each, and ``memory.cpp`` keeps what torch frees for what it allocates next. The system's compiler makes libraries
-of them for the very processor, once, in two seconds; they stay in the user's cache. Where that cannot be done, everything is
+of them for the very processor, once, in some seconds; they stay in the user's cache. Where that cannot be done, everything is
 computed by torch, as it is in every other precision and on every other device: the callers in ``ops`` ask with ``takes``, and
 their plain forms are what the kernels are tested against.
 """
@@ -25,13 +25,25 @@ from torch import Tensor
 
 from lamina.process import of_glibc
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+)
 MEMORY_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC")
 LANES = 16
 """Numbers that a kernel takes at one time: widths are multiples of it."""
 
 RANGE = 2**40
 """Bytes of addresses that are reserved: more than a machine that computes on its CPU has memory."""
+
+COMPILING = 120
+"""Seconds after which the compiler is given up."""
 
 SWITCH = "LAMINA_NATIVE"
 """Environment variable: 0 leaves everything to torch."""
@@ -47,13 +59,21 @@ def available(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype == torch.bfloat16 and library() is not None
 
 
-def call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Calls a kernel; tensors must be contiguous, None is a null pointer, and the number of threads is added."""
-    getattr(library(), name)(*map(_in_c, arguments), ctypes.c_int(torch.get_num_threads()))
+def call(name: str, *arguments: Tensor | int | float | None, threads: int | None = None) -> None:
+    """Calls a kernel, on all of torch's threads or on fewer; None is a null pointer.
+
+    Raises:
+        ValueError: a tensor is not contiguous: a kernel would take its memory for another tensor's.
+    """
+    getattr(library(), name)(*map(_in_c, arguments), ctypes.c_int(threads or torch.get_num_threads()))
 
 
 def _in_c(value: Tensor | int | float | None) -> object:
     if isinstance(value, Tensor):
+        if not value.is_contiguous():
+            raise ValueError(
+                f"found a tensor {list(value.shape)} with strides {value.stride()}, expected a contiguous one"
+            )
         return ctypes.c_void_p(value.data_ptr())
     return value if value is None else ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
 
@@ -74,12 +94,14 @@ def about(device: str, dtype: torch.dtype) -> str:
     """For the lines that say what a run computes with: whose kernels these are, and why, where it could be otherwise."""
     if device != "cpu" or dtype != torch.bfloat16:
         return ""
+    if library() and keep_memory.cache_info().currsize and not keep_memory():
+        return f" by compiled kernels, in torch's own memory ({_memory()[1] or 'memory or addresses are limited'})"
     return " by compiled kernels" if library() else f" by torch's own kernels ({_kernels()[1]}; a third slower)"
 
 
 def give_back() -> None:
     """Hands free memory of the process to the system, also what lies between live tensors: before its memory is measured."""
-    if keep_memory.cache_info().currsize and (made := _memory()[0]) is not None:
+    if keep_memory.cache_info().currsize and keep_memory() and (made := _memory()[0]) is not None:
         made.trim_arena()
     if (trim := of_glibc("malloc_trim")) is not None:
         trim(0)
@@ -91,8 +113,9 @@ def keep_memory() -> bool:
 
     It is the whole process's memory, so only a process that is Lamina's own asks for it (``process.prepare``).
     """
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        return False  # addresses are counted, and should be there for all
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
+        return False  # what is kept would count against the limit, though it is free
     made, _ = _memory()
     return made is not None and bool(made.use_arena(ctypes.c_size_t(RANGE)))
 
@@ -122,23 +145,47 @@ def _compiled(
     if compiler is None or platform.system() != "Linux":
         return None, "no C compiler" if compiler is None else "compiled on Linux only"
     folder = Path(__file__).parent
-    command = [*shlex.split(compiler), *flags, *map(str, sorted(folder.glob(sources))), *libraries]
-    parts = [path.read_bytes() for path in sorted(folder.glob("*.[ch]*"))]
-    parts += [_processor(), torch.__version__.encode(), " ".join(command).encode()]
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamina" / f"{name}-{key}.so"
     try:
+        command = [*shlex.split(compiler), *flags, *map(str, sorted(folder.glob(sources))), *libraries]
+        parts = [path.read_bytes() for path in sorted(folder.glob("*.[ch]*"))]
+        parts += [_processor(), torch.__version__.encode(), " ".join(command).encode()]
+        key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+        kept = _own_folder() / f"{name}-{key}.so"
         if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as made:  # moved when whole: others may be making it too
-                out = Path(made) / kept.name
-                subprocess.run([*command, "-o", str(out)], check=True, capture_output=True, text=True)
-                out.replace(kept)
+            _make(command, kept)
         return ctypes.CDLL(str(kept)), ""
     except subprocess.CalledProcessError as error:
         return None, f"{compiler} failed: {(error.stderr.strip() or 'it says nothing').splitlines()[0]}"
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:  # of disk, home folder and command
         return None, str(error)
+
+
+def _own_folder() -> Path:
+    """The folder of compiled libraries: code that is run, so nobody else may write there.
+
+    Raises:
+        OSError: it belongs to another user, or others may write there.
+        RuntimeError: there is no home folder.
+    """
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(asked) if os.path.isabs(asked) else Path.home() / ".cache") / "lamina"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder}: others may write there")
+    return folder
+
+
+def _make(command: list[str], kept: Path) -> None:
+    """Compiles into a folder beside the library's place and moves it there when it is whole: others may be making it too."""
+    with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+        out = Path(made) / kept.name
+        subprocess.run(
+            [*command, "-o", str(out)], check=True, capture_output=True, text=True, errors="replace", timeout=COMPILING
+        )
+        with out.open("rb") as library:
+            os.fsync(library.fileno())
+        out.replace(kept)
 
 
 def _processor() -> bytes:

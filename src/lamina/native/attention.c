@@ -1,7 +1,7 @@
 /* Causal attention over packed examples in bfloat16, and its gradients; the formulas are in ops/attention.py.
 
    A thread takes one key head of one example, and of the query heads that read it BLOCK queries at a time. Their scores
-   with all keys up to the last of them lie in fp32 in a core's cache, so a softmax sees its whole row and nothing has to be put
+   with all keys up to the last of them lie in fp32 in a core's cache (100 bytes a key), so a softmax sees its whole row and nothing has to be put
    right afterwards. The backward pass computes them again: q, k and v are all that is kept. Products take bfloat16 and sum
    in fp32; probabilities and the gradients of the scores are rounded for that, and nothing else is before the end.
 

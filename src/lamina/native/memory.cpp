@@ -7,7 +7,9 @@
    of its own size.) Small tensors stay where torch puts them. */
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <map>
@@ -16,7 +18,8 @@
 
 namespace {
 
-constexpr size_t SMALL = 1 << 16, PAGE = 1 << 12, GROWTH = 1 << 25, HUGE_PAGE = 1 << 21;
+constexpr size_t SMALL = 1 << 16, GROWTH = 1 << 25, HUGE_PAGE = 1 << 21;
+const size_t PAGE = sysconf(_SC_PAGESIZE); /* a whole number of them for each tensor: what is handed back is whole pages */
 
 size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -68,6 +71,7 @@ class Arena final : public c10::Allocator {
 
 public:
     bool reserve(size_t size) {
+        if (start) return true;
         void *range = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (range == MAP_FAILED) return false;
         madvise(range, size, MADV_HUGEPAGE);
@@ -75,6 +79,9 @@ public:
         start = usable, end = static_cast<char *>(range) + size;
         return true;
     }
+
+    void hold() { busy.lock(); }
+    void let_go() { busy.unlock(); }
 
     void trim() {
         std::lock_guard<std::mutex> alone(busy);
@@ -108,6 +115,8 @@ void Arena::release(void *data) {
 /* Whether `size` bytes of addresses could be had, and torch's tensors lie there from now on. */
 extern "C" int use_arena(size_t size) {
     if (!arena().reserve(size)) return 0;
+    /* A process that is forked while another thread allocates must not inherit a lock that nobody will open. */
+    pthread_atfork([] { arena().hold(); }, [] { arena().let_go(); }, [] { arena().let_go(); });
     c10::SetCPUAllocator(&arena(), 1);
     return 1;
 }

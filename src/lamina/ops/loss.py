@@ -70,6 +70,9 @@ def _slice(hidden: Tensor, vocabulary: Tensor, targets: Tensor, losses: Tensor, 
     """Writes the losses of a slice of rows, and their gradient; its logits are gone before the next slice has any."""
     logits = F.linear(hidden, vocabulary)
     if native.takes(logits):
+        targets = targets.contiguous()
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+            raise IndexError(f"targets: found {targets.min()} … {targets.max()}, expected 0 … {logits.shape[1] - 1}")
         native.call("cross_entropy", logits, targets, losses, *logits.shape, int(gradient is not None))
     else:
         for part, target, loss in _chunks(logits, targets, losses):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lamina import native
@@ -43,7 +44,7 @@ def _by_kernel(*tensors: Tensor) -> bool:
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if _by_kernel(x, weight):
-        x = x.contiguous()
+        x, weight = x.contiguous(), weight.contiguous()
         out = torch.empty_like(x)
         native.call("norm", x, weight, out, x.numel() // x.shape[-1], x.shape[-1], eps)
         return out
@@ -68,10 +69,11 @@ class _RMSNorm(torch.autograd.Function):
         return _forward(x, weight, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
         if _by_kernel(x, weight, grad):
-            x, grad = x.contiguous(), grad.contiguous()
+            x, weight, grad = x.contiguous(), weight.contiguous(), grad.contiguous()
             out = torch.empty_like(x)
             native.call("norm_back", x, weight, grad, out, x.numel() // x.shape[-1], x.shape[-1], ctx.eps)
             return out, None, None

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lamina import native
 from lamina.ops.shapes import Float
@@ -31,6 +32,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, sin, back=True), None, None
@@ -39,7 +41,7 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     half = x.shape[-1] // 2
     if half % native.LANES == 0 and native.takes(x, cos, sin):
-        x = x.contiguous()
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         out = torch.empty_like(x)
         native.call("rotate", x, cos, sin, out, *x.shape, -1.0 if back else 1.0)
         return out

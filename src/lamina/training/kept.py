@@ -128,11 +128,13 @@ class Layer:
         width = setup.architecture.head_width
         kernel = setup.by_kernels(width) and by_kernel(width, portion.lengths, window)
         self.plainly = self.n * (not kernel)  # tokens that SDPA attends
-        self.mixing = self._mixing(max(portion.lengths)) if kernel and self.leaving else 0
+        self.mixing = self._mixing(portion.lengths) if kernel and self.leaving else 0
         self.attention = self._attention(sum(length * length for length in masked))
         # The kernel's memory, or a mask: distances as indices, and a bool of each.
         mask = max(masked, default=0) ** 2 * (INDEX + 1)
-        self.mixing_forward = working_memory(max(portion.lengths), width, "attention") if kernel else mask
+        self.mixing_forward = (
+            working_memory(portion.lengths, setup.architecture.kv_heads, width, "attention") if kernel else mask
+        )
         self.norm = norm_kept(setup, self.after, setup.architecture.width) if self.middle else 0
         self.mlp, self.forward, self.backward = self._mlp()
         self.trainable = sum(self._trainable(name) for name in self.ranks)
@@ -165,11 +167,11 @@ class Layer:
         self.output = self._read(["self_attn.o_proj"], any(needs), self.after)
         return kept + self.output
 
-    def _mixing(self, longest: int) -> int:
+    def _mixing(self, lengths: tuple[int, ...]) -> int:
         """Gradients of the output of attention and of q, k and v, and what the kernel needs for the longest example."""
         a = self.setup.architecture
         gradients = self.n * (2 * a.heads + 2 * a.kv_heads) * a.head_width * self.e
-        return gradients + working_memory(longest, a.head_width)
+        return gradients + working_memory(lengths, a.kv_heads, a.head_width)
 
     def _mlp(self) -> tuple[int, int, int]:
         numbers = self.after * self.setup.architecture.mlp_width

@@ -205,8 +205,9 @@ def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     device = model.vocabulary.device
     kept = training.checkpoint_layers or 0, training.offload_checkpoints
     learnt = (batch.targets != IGNORED).nonzero().squeeze(1)
+    wanted = learnt.to(device) if len(learnt) < len(batch.targets) else None
     loss, _ = cross_entropy_sum(  # the hidden states have no name here: one would keep them through the backward pass
-        model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept, learnt.to(device)),
+        model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept, wanted),
         model.vocabulary,
         batch.targets[learnt].to(device),
     )

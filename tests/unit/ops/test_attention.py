@@ -212,3 +212,20 @@ def test_the_kernel_keeps_only_its_inputs(tokens: int) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
         attend_causally(q, k, v, [tokens])
     assert kept == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+
+
+@needs_kernels
+def test_tensors_in_another_order_of_memory() -> None:
+    q, k, v = heads(40, torch.bfloat16)
+    upstream = torch.randn_like(q)
+    strided = tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+    expected = gradients(at_once, (q, k, v), upstream, torch.bfloat16)
+    leaves = [x.detach().requires_grad_() for x in strided]
+    out = at_once(*leaves)
+    out.backward(upstream.transpose(0, 1).contiguous().transpose(0, 1))
+    for one, other in zip([out, *(leaf.grad for leaf in leaves)], expected, strict=True):
+        assert torch.equal(one, other)
+    leaf = q.clone().requires_grad_()
+    at_once(leaf, k, v).sum().backward()  # an expanded gradient: one number for all
+    (again,) = torch.autograd.grad(at_once(leaf, k, v), leaf, torch.ones_like(q))
+    assert torch.equal(leaf.grad, again)

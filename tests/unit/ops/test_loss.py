@@ -157,3 +157,50 @@ def test_fp32_error_is_that_of_the_formula() -> None:
     cross_entropy_sum(leaf, vocabulary, targets)[0].backward()
     assert leaf.grad is not None
     assert error(leaf.grad, expected) <= 1.2 * error(formula, expected)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 16, 33, 48, 1000])
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_bf16_logits_of_any_number(vocabulary: int, scale: float) -> None:
+    """The kernel alone: hidden states that are unit vectors make the vocabulary's columns the logits. Rounded once: half an ε."""
+    torch.manual_seed(vocabulary)
+    logits = (torch.randn(16, vocabulary) * scale).bfloat16()
+    targets = torch.randint(vocabulary, (16,))
+    hidden = torch.eye(16).bfloat16().requires_grad_()
+    total, _ = cross_entropy_sum(hidden, logits.t().contiguous(), targets)
+    truth = logits.double().requires_grad_()
+    expected = F.cross_entropy(truth, targets, reduction="sum")
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+    total.backward()
+    expected.backward()
+    # grad·vocabulary, of gradients that were rounded once to bf16, summed over the vocabulary in fp32 and rounded again.
+    reference = truth.grad @ logits.double().t()
+    torch.testing.assert_close(hidden.grad.double(), reference, rtol=0.02, atol=0.02 * scale * vocabulary**0.5)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        vocabulary = torch.ones(20, 4).to(dtype)
+        vocabulary[17] = value
+        hidden = torch.ones(2, 4).to(dtype).requires_grad_()
+        total, _ = cross_entropy_sum(hidden, vocabulary, torch.tensor([17, 3]))
+        assert not total.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [-1, 37, 50_000])
+def test_a_target_outside_the_vocabulary_is_refused(target: int, dtype: torch.dtype) -> None:
+    hidden, vocabulary, targets = case(20, "all", dtype)
+    targets[3] = target
+    with pytest.raises((IndexError, RuntimeError), match="expected 0|out of bounds"):
+        cross_entropy_sum(hidden, vocabulary, targets)
+
+
+def test_targets_that_are_every_other_number() -> None:
+    hidden, vocabulary, targets = case(20, "all", torch.bfloat16)
+    spread = targets.repeat_interleave(2)[::2]
+    assert not spread.is_contiguous()
+    assert torch.equal(
+        cross_entropy_sum(hidden, vocabulary, spread)[0], cross_entropy_sum(hidden, vocabulary, targets)[0]
+    )

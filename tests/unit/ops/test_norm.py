@@ -52,6 +52,10 @@ def test_an_input_in_another_order_of_memory() -> None:
     x, weight, _ = operands((300, 400, 16), torch.bfloat16)
     x = x.transpose(0, 1)
     assert torch.equal(rms_norm(x, weight, EPS), rms_norm(x.contiguous(), weight, EPS))
+    grad = torch.randn(400, 300, 16).bfloat16()
+    expected = gradient(rms_norm, x.contiguous(), weight, grad)
+    turned = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(gradient(rms_norm, x, weight.repeat_interleave(2)[::2], turned), expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 100])

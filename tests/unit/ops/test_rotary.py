@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lamina import native
 from lamina.model.architecture import Rope
 from lamina.model.decoder import angles
 from lamina.ops.rotary import rotate
@@ -52,3 +53,26 @@ def test_a_projection_in_its_own_layout_is_turned_too() -> None:
     view = torch.cat([x, x], dim=1)[:, :3]
     assert not view.is_contiguous()
     assert torch.equal(rotate(view, cos, sin), rotate(x, cos, sin))
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_bf16_error_is_at_most_that_of_one_by_one_roundings(width: int) -> None:
+    """Forward and back, where there is a kernel; cosines and inputs in another order of memory, and an expanded gradient."""
+    x, cos, sin = case(torch.bfloat16, width=width)
+    upstream = torch.randn(9, 3, width).bfloat16()
+    found = {}
+    for name, dtype, kernel in (
+        ("truth", torch.float64, False),
+        ("ours", torch.bfloat16, True),
+        ("plain", torch.bfloat16, False),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if not kernel:
+                patch.setattr(native, "takes", lambda *_: False)
+            leaf = x.to(dtype).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+            out = rotate(leaf, cos.to(dtype).t().contiguous().t(), sin.to(dtype))
+            out.backward(upstream.to(dtype).transpose(0, 1).contiguous().transpose(0, 1))
+            found[name] = out.detach().double(), leaf.grad.double()
+    for ours, plain, truth in zip(found["ours"], found["plain"], found["truth"], strict=True):
+        assert (ours - truth).norm() <= 1.2 * (plain - truth).norm()
+        assert (ours - truth).norm() <= 2**-8 * truth.norm()

@@ -50,6 +50,18 @@ def test_extreme_gates(value: float) -> None:
         torch.testing.assert_close(one.float(), other, rtol=2**-8, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [(True, False), (False, True)])
+def test_one_of_the_two_learns_and_memory_in_another_order(dtype: torch.dtype, learns: tuple[bool, bool]) -> None:
+    gate, up, grad = (torch.randn(32, 24).to(dtype).t() for _ in range(3))
+    whole = gradients(swiglu, gate.contiguous(), up.contiguous(), grad.contiguous())[1:]
+    leaves = [x.detach().requires_grad_(needed) for x, needed in zip((gate, up), learns, strict=True)]
+    swiglu(*leaves).backward(grad)
+    for leaf, needed, expected in zip(leaves, learns, whole, strict=True):
+        assert (leaf.grad is not None) == needed
+        assert leaf.grad is None or torch.allclose(leaf.grad, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("chunk", [1, 16, 100])
 @pytest.mark.parametrize("learns", [(True, True), (True, False), (False, True)])
 def test_gradients(chunk: int, learns: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
