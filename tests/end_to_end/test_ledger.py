@@ -1,7 +1,9 @@
 """A run's ledger and its sample answers: what lies in the folder, that neither touches the training, and that both survive a kill."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,24 @@ def test_a_run_that_broke_off_goes_on_to_the_same_ledger(
     with pytest.raises(RuntimeError, match="killed"):
         fine_tune(job(place, run), Heard(killed_at))
     assert ledger_of(run).steps.tolist() == list(range(1, killed_at + 1))  # also what led to the error
+    resume(run)
+    assert_same_adapter(run, whole)
+    assert_same_record(run, whole)
+
+
+class Interrupting(Heard):
+    """A user who loses patience."""
+
+    def step(self, step: Step) -> None:
+        if step.step == self.killed_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_an_interrupt_counts_after_every_step_the_last_too(step: int, place: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt, match=f"interrupted after step {step} of {STEPS}; everything is saved"):
+        fine_tune(job(place, run), Interrupting(step))
     resume(run)
     assert_same_adapter(run, whole)
     assert_same_record(run, whole)
