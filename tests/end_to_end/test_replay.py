@@ -126,7 +126,10 @@ def test_an_interrupted_replay_goes_on_to_the_same_end(
 ) -> None:
     out = tmp_path / "killed"
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lamina", "replay"]
+    # A shell has its background jobs ignore an interrupt, and so would Python here.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = f"{heeding}import sys; from lamina import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "replay"]
     begun = [*command, "C", *flags(named), "--out", str(out)]
     with subprocess.Popen(begun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None and process.stderr is not None

@@ -161,7 +161,8 @@ def test_freed_memory_serves_the_next_tensor() -> None:
     """Faults: those of the first two tensors in huge or in small pages, and none of the 18 others; torch's own all of them."""
     faults = {}
     for name in ("kept", "as it comes"):
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # or glibc may keep them too, or may not
+        # Or glibc may keep them too, or may not, and huge pages would be few faults.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "THP_MEM_ALLOC_ENABLE": "0"}
         done = subprocess.run(
             [sys.executable, "-c", MEMORY, name], env=environment, capture_output=True, text=True, check=True
         )
