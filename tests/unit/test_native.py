@@ -102,6 +102,7 @@ print("as torch")
 """
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of its compilers")
 @pytest.mark.parametrize(
@@ -203,6 +204,7 @@ print(most, resident)
 """
 
 
+@pytest.mark.slow
 @needs_memory
 def test_tensors_do_not_overlap_and_holes_close() -> None:
     """At random, the worst case: half as much again in holes; huge pages and torch's own first allocations beside it."""
@@ -212,6 +214,29 @@ def test_tensors_do_not_overlap_and_holes_close() -> None:
     assert resident < 1.5 * most + 20e6
 
 
+@pytest.mark.slow
+@needs_memory
+@pytest.mark.parametrize("order", ["range(20)", "reversed(range(20))", "[*range(0, 20, 2), *range(1, 20, 2)]"])
+def test_neighbouring_holes_are_one_in_whatever_order_they_came(order: str) -> None:
+    """What 20 tensors leave holds one of their size: no new memory, but for a few pages of Python's own."""
+    code = f"""
+import torch
+from lamina import native
+assert native.keep_memory()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+torch.set_num_threads(1)
+torch.ones(100_000, dtype=torch.uint8)
+tensors = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(20)]
+before = resident()
+for number in {order}:
+    tensors[number] = None
+whole = torch.ones(20 << 20, dtype=torch.uint8)
+print(resident() - before)
+"""
+    assert int(ran(code)) < 2 << 20
+
+
+@pytest.mark.slow
 @needs_memory
 def test_the_profiler_sees_tensors_as_before() -> None:
     code = """
@@ -233,12 +258,14 @@ print(sorted(event.cpu_memory_usage for event in profiler.events() if event.cpu_
     assert "4000000" in seen[0] and seen[0] == seen[1]
 
 
+@pytest.mark.slow
 @needs_memory
 def test_where_addresses_are_limited_torch_keeps_its_own() -> None:
     code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35)); from lamina import native; print(native.keep_memory())"
     assert ran(code) == "False"
 
 
+@pytest.mark.slow
 @needs_memory
 def test_no_memory_is_told_as_torch_tells_it() -> None:
     code = """
@@ -254,6 +281,7 @@ torch.ones(1_000_000)
     assert "allocate memory" in ran(code)
 
 
+@pytest.mark.slow
 @needs_memory
 def test_live_tensors_stay_when_free_memory_is_given_back_and_threads_allocate_at_once() -> None:
     code = """
@@ -278,6 +306,7 @@ print(faults)
     assert ran(code) == "[]"
 
 
+@pytest.mark.slow
 @needs_memory
 def test_a_forked_process_can_allocate() -> None:
     code = """

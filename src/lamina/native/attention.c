@@ -84,14 +84,13 @@ static void transposed(const bf16 *x, long stride, long rows, long width, pair *
     }
 }
 
-/* Scores of one query to exp(scale·(score - highest)), 0 for keys it does not see; returns 1/Σ. */
+/* Scores of one query to exp(scale·(score - highest)), which is 0 for keys it does not see; returns 1/Σ. */
 static float exponentials(float *scores, float scale, long seen, long padded) {
     floats most = all(-INFINITY), total = all(0);
     for (long j = seen; j < padded; j++) scores[j] = -INFINITY;
     for (long j = 0; j < padded; j += LANES) most = larger(load(scores + j), most);
     float highest = largest(most);
     for (long j = 0; j < padded; j += LANES) store(scores + j, exponential((load(scores + j) - highest) * scale));
-    for (long j = seen; j < padded; j++) scores[j] = 0;
     for (long j = 0; j < padded; j += LANES) total += load(scores + j);
     return 1 / sum(total);
 }

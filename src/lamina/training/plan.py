@@ -195,7 +195,8 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     kept = below[-1] + norm_kept(setup, portion.supervised, a.width)
     rows = loss_rows(setup, portion.supervised)
     slices = loss_slices(setup, portion.supervised)
-    yield alive("loss", gradients=gradients, activations=kept + rows, loss_slices=slices, buffers=_buffer(setup, n))
+    at_loss = _buffer(setup, n) + setup.scratchpad
+    yield alive("loss", gradients=gradients, activations=kept + rows, loss_slices=slices, buffers=at_loss)
     norm = norm_working(setup, portion.supervised, a.width)
     yield alive("final norm, backward", gradients=gradients, activations=kept, buffers=_buffer(setup, n) + norm)
     for index, layer in enumerate(layers):
@@ -216,7 +217,7 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
     whole, stream, inner = (
         rows * width * setup.itemsize for rows, width in ((n, a.width), (after, a.width), (after, a.mlp_width))
     )
-    frozen = _product(setup, after, a.mlp_width, a.width)
+    frozen = _product(setup, after, a.mlp_width, a.width) + setup.scratchpad
     entry = whole * (not layer.entering)  # its input, where that is not kept as it is
     upon = stream * (again and layer.leaving)  # computed again, the gradient of its output is there already
     yield "attention", 0, layer.attention + entry + upon, layer.mixing_forward

@@ -1,5 +1,6 @@
 """The plan against torch's own record of its allocations, over a grid of models, adapters and micro-batches."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A product in bf16 has a scratchpad for each thread that it uses, and small ones do not use all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def model_of(dtype: str, family: str = "llama", **settings: Any) -> Decoder:
     lora = {"rank": 8} | {name: settings.pop(name) for name in list(settings) if name in LoRA.__dataclass_fields__}
     model = tiny(family, DTYPES[dtype], **SIZE | settings)
@@ -107,9 +117,9 @@ def made(moment: Moment, accumulated: bool) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("settings", CASES)
 def test_a_micro_batch_takes_what_the_plan_says(settings: dict[str, Any], dtype: str) -> None:
-    """Exact up to what kernels allocate for a moment and no shape tells: 1 % and 200 kB, of 3 to 60 MB.
+    """Exact up to what kernels allocate for a moment and no shape tells: 1 % and 100 kB, of 3 to 60 MB.
 
-    In bf16 on a CPU a GEMM has a scratchpad, of up to 160 kB here.
+    In bf16, a GEMM's scratchpad on a CPU is not of the same size for all shapes.
     """
     settings = dict(settings)
     lengths, share = settings.pop("lengths", LENGTHS), settings.pop("share", 0.66)
@@ -126,7 +136,7 @@ def test_a_micro_batch_takes_what_the_plan_says(settings: dict[str, Any], dtype:
     predicted = plan(setup_of(model), portion_of(batch, checkpointed, accumulated))
     indices = 24 * sum(lengths)  # the batch was there before
     expected = max(made(moment, accumulated) for moment in predicted.moments) - indices
-    assert expected == pytest.approx(peak, rel=0.01, abs=200e3)
+    assert expected == pytest.approx(peak, rel=0.01, abs=100e3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,7 +182,7 @@ def test_a_run_takes_what_the_plan_says(dtype: str, micro_batch_tokens: int) -> 
     portions = [portion_of(batch, accumulated=number > 0) for number, batch in enumerate(batches)]
     predicted = plan(setup_of(model), *portions)
     expected = predicted.total - predicted.items["weights"] - predicted.items["adapters"]
-    assert expected == pytest.approx(peak, rel=0.01, abs=200e3)
+    assert expected == pytest.approx(peak, rel=0.01, abs=100e3)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-grouped", "mistral", "qwen2", "qwen3"])
