@@ -41,17 +41,16 @@ class Making:
     def __init__(self, model: Decoder) -> None:
         self.on, self.seconds = False, 0.0
         for leaf in quantised_of(model):
-            methods = ("multiply", "multiply_back") if isinstance(leaf.form, Int8) else ("dense",)
-            for name in methods:
-                setattr(leaf.form, name, self._around(getattr(leaf.form, name)))
+            name = "_product" if isinstance(leaf.form, Int8) else "dense"
+            setattr(leaf.form, name, self._around(getattr(leaf.form, name)))
 
     def _around(self, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def timed(*given: Any) -> Tensor:
+        def timed(*given: Any, **named: Any) -> Tensor:
             if not self.on:
-                return method(*given)
+                return method(*given, **named)
             began = time.perf_counter()
             with Gemms() as gemms:
-                out = method(*given)
+                out = method(*given, **named)
             self.seconds += time.perf_counter() - began - gemms.seconds
             return out
 

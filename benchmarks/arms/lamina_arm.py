@@ -9,7 +9,9 @@ import torch
 from common import IGNORED, Job, Record
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import record_function
 
+from lamina import native
 from lamina.adapter import adapted
 from lamina.adapter_files import load_adapter
 from lamina.data.render import Rendered
@@ -18,6 +20,17 @@ from lamina.model.weights import load_model
 from lamina.ops.attention import Packed
 from lamina.training.loop import Training, start, train
 from lamina.training.order import rows_of_step
+
+
+def told_to_the_profiler() -> None:
+    """Lets the profiler see calls of Lamina's kernels, as it sees torch's operations."""
+    call = native.call
+
+    def told(name: str, *arguments: native.Argument, **settings: int | None) -> None:
+        with record_function(f"lamina::{name}"):
+            call(name, *arguments, **settings)
+
+    native.call = told
 
 
 class InOrder:
@@ -42,6 +55,7 @@ def rendered(row: dict[str, list[int]], number: int) -> Rendered:
 
 def prepared(job: Job) -> tuple:
     """The model with its adapter, the rows, the settings."""
+    told_to_the_profiler()
     settings = dict(job.settings)
     model = load_model(job.model, job.dtype, job.device, base=settings.pop("base", None))
     load_adapter(model, job.adapter)

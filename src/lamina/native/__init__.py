@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,9 @@ COMPILING = 120
 SWITCH = "LAMINA_NATIVE"
 """Environment variable: 0 leaves everything to torch."""
 
+Argument = Tensor | int | float | ctypes.c_void_p | ctypes.Array[Any] | None
+"""What a kernel takes."""
+
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the kernels compute with these tensors."""
@@ -59,8 +63,8 @@ def available(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype == torch.bfloat16 and library() is not None
 
 
-def call(name: str, *arguments: Tensor | int | float | None, threads: int | None = None) -> None:
-    """Calls a kernel, on all of torch's threads or on fewer; None is a null pointer.
+def call(name: str, *arguments: Argument, threads: int | None = None) -> None:
+    """Calls a kernel, on all of torch's threads or on fewer; None is a null pointer, and what is ctypes' goes as it is.
 
     Raises:
         ValueError: a tensor is not contiguous: a kernel would take its memory for another tensor's.
@@ -68,14 +72,16 @@ def call(name: str, *arguments: Tensor | int | float | None, threads: int | None
     getattr(library(), name)(*map(_in_c, arguments), ctypes.c_int(threads or torch.get_num_threads()))
 
 
-def _in_c(value: Tensor | int | float | None) -> object:
+def _in_c(value: Argument) -> object:
     if isinstance(value, Tensor):
         if not value.is_contiguous():
             raise ValueError(
                 f"found a tensor {list(value.shape)} with strides {value.stride()}, expected a contiguous one"
             )
         return ctypes.c_void_p(value.data_ptr())
-    return value if value is None else ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
+    if isinstance(value, int | float):
+        return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
+    return value
 
 
 def ask(name: str, *arguments: int) -> int:

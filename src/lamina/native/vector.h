@@ -36,7 +36,13 @@ INLINE words rounded(floats x) {
     words bits = (words)x, nearest = bits + 0x7fff + ((bits >> 16) & 1), broken = (words)(x != x);
     return ((broken & 0x7fc00000u) | (~broken & nearest)) >> 16;
 }
-INLINE void narrow(bf16 *to, floats x) { *(halves *)to = __builtin_convertvector(rounded(x), halves); }
+INLINE void narrow(bf16 *to, floats x) {
+#ifdef __AVX512BF16__
+    *(halves *)to = (halves)_mm512_cvtneps_pbh((__m512)x); /* subnormal numbers become zero, as in dot2 */
+#else
+    *(halves *)to = __builtin_convertvector(rounded(x), halves);
+#endif
+}
 
 INLINE float sum(floats x) {
     for (int half = LANES / 2; half; half /= 2)

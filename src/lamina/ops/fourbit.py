@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lamina.ops.blockwise import (
     BLOCK,
@@ -33,6 +32,7 @@ from lamina.ops.blockwise import (
 )
 from lamina.ops.frozen import Scratch
 from lamina.ops.library import library_for
+from lamina.ops.products import Product, product
 from lamina.ops.shapes import Float
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # in the kernels' names
@@ -152,15 +152,15 @@ class FourBit(nn.Module):
         expanded: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(self.absmax, *given)
         return expanded.add_(self.offset)
 
-    @torch.no_grad()  # autograd would keep the lent memory, and find another weight in it; see lamina.ops.frozen
-    def multiply(self, x: Float[Tensor, "*N D"], bias: Float[Tensor, " out"] | None = None) -> Float[Tensor, "*N out"]:
-        """Computes x·Wᵀ + b, without a graph."""
-        return F.linear(x, self.dense(), bias)
+    def multiply(
+        self, x: Float[Tensor, "N D"], bias: Float[Tensor, " out"] | None = None, *beside: Product
+    ) -> Float[Tensor, "N out"]:
+        """Computes x·Wᵀ + b and adds the products ``beside``."""
+        return product((x, self.dense().t()), *beside, bias=bias)
 
-    @torch.no_grad()
-    def multiply_back(self, grad: Float[Tensor, "*N out"]) -> Float[Tensor, "*N D"]:
-        """Computes grad·W, the gradient of x."""
-        return grad @ self.dense()
+    def multiply_back(self, grad: Float[Tensor, "N out"], *beside: Product) -> Float[Tensor, "N D"]:
+        """Computes grad·W, the gradient of x, and adds the products ``beside``."""
+        return product((grad, self.dense()), *beside)
 
     def load_stored(
         self,

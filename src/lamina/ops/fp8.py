@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lamina.ops.frozen import Scratch
 from lamina.ops.int8 import SMALLEST, STORED
+from lamina.ops.products import Product, added
 from lamina.ops.shapes import Float
 
 E4M3 = torch.float8_e4m3fn
@@ -85,18 +86,20 @@ class Fp8(nn.Module):
         return out.copy_(self.codes).mul_(self.scale[:, None])  # e4m3 is exact in every wider type
 
     @torch.no_grad()
-    def multiply(self, x: Float[Tensor, "N D"], bias: Float[Tensor, " out"] | None = None) -> Float[Tensor, "N out"]:
+    def multiply(
+        self, x: Float[Tensor, "N D"], bias: Float[Tensor, " out"] | None = None, *beside: Product
+    ) -> Float[Tensor, "N out"]:
         """Computes x·Wᵀ + b in x's dtype. A row with NaN or infinity in it comes out non-finite throughout."""
         codes, scale = quantise_rows(x)
-        return scaled_product(codes, scale, self.codes.t(), self.scale[None], bias, x.dtype)
+        return added(scaled_product(codes, scale, self.codes.t(), self.scale[None], bias, x.dtype), *beside)
 
     @torch.no_grad()
-    def multiply_back(self, grad: Float[Tensor, "N out"]) -> Float[Tensor, "N D"]:
+    def multiply_back(self, grad: Float[Tensor, "N out"], *beside: Product) -> Float[Tensor, "N D"]:
         """Computes grad·W in grad's dtype, as the gradient of ``multiply`` in x would be without x's quantisation."""
         codes, scale = quantise_rows(grad.float() * self.scale)
         columns = self.scratch(self.bits.numel(), torch.uint8, grad.device).view(self.inputs, self.outputs)
         weight = columns.copy_(self.bits.t()).view(E4M3).t()
-        return scaled_product(codes, scale, weight, scale.new_ones(1, self.inputs), None, grad.dtype)
+        return added(scaled_product(codes, scale, weight, scale.new_ones(1, self.inputs), None, grad.dtype), *beside)
 
 
 def quantise_rows(x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N 1"]]:

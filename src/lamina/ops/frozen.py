@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lamina.ops.products import Product, product
 from lamina.ops.shapes import Float
 
 
@@ -21,12 +21,14 @@ from lamina.ops.shapes import Float
 class Frozen(Protocol):
     """A frozen weight W [out, in]."""
 
-    def multiply(self, x: Float[Tensor, "*N inputs"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "*N out"]:
-        """Computes x·Wᵀ + b in x's dtype."""
+    def multiply(
+        self, x: Float[Tensor, "N inputs"], bias: Float[Tensor, " out"] | None, *beside: Product
+    ) -> Float[Tensor, "N out"]:
+        """Computes x·Wᵀ + b in x's dtype, plus the products ``beside``."""
         ...
 
-    def multiply_back(self, grad: Float[Tensor, "N out"]) -> Float[Tensor, "N inputs"]:
-        """Computes grad·W: the gradient of the input."""
+    def multiply_back(self, grad: Float[Tensor, "N out"], *beside: Product) -> Float[Tensor, "N inputs"]:
+        """Computes grad·W, the gradient of the input, plus the products ``beside``."""
         ...
 
     def dense(self) -> Float[Tensor, "out inputs"]:
@@ -63,11 +65,11 @@ class Dense:
 
     weight: Tensor
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.weight, bias)
+    def multiply(self, x: Tensor, bias: Tensor | None, *beside: Product) -> Tensor:
+        return product((x, self.weight.t()), *beside, bias=bias)
 
-    def multiply_back(self, grad: Tensor) -> Tensor:
-        return grad @ self.weight
+    def multiply_back(self, grad: Tensor, *beside: Product) -> Tensor:
+        return product((grad, self.weight), *beside)
 
     def dense(self) -> Tensor:
         return self.weight

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from lamina.errors import ModelError
 from lamina.ops.frozen import Scratch
+from lamina.ops.products import Product, added
 from lamina.ops.shapes import Float, Int
 
 LARGEST = 127
@@ -111,13 +112,15 @@ class Int8(nn.Module):
         out = self.scratch(self.codes.numel(), self.dtype, self.codes.device).view(self.codes.shape)
         return torch.mul(self.codes, self.scale[:, None], out=out)
 
-    def multiply(self, x: Float[Tensor, "N D"], bias: Float[Tensor, " out"] | None = None) -> Float[Tensor, "N out"]:
+    def multiply(
+        self, x: Float[Tensor, "N D"], bias: Float[Tensor, " out"] | None = None, *beside: Product
+    ) -> Float[Tensor, "N out"]:
         """Computes x·Wᵀ + b in x's dtype. A row with NaN or infinity in it comes out non-finite throughout."""
-        return self._product(x, self.codes.t(), after=self.scale, bias=bias)
+        return added(self._product(x, self.codes.t(), after=self.scale, bias=bias), *beside)
 
-    def multiply_back(self, grad: Float[Tensor, "N out"]) -> Float[Tensor, "N D"]:
+    def multiply_back(self, grad: Float[Tensor, "N out"], *beside: Product) -> Float[Tensor, "N D"]:
         """Computes grad·W in grad's dtype, as the gradient of ``multiply`` in x would be without x's quantisation."""
-        return self._product(grad, self.codes, before=self.scale)
+        return added(self._product(grad, self.codes, before=self.scale), *beside)
 
     @torch.no_grad()
     def _product(

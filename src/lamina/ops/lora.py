@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.ops.frozen import Frozen
+from lamina.ops.products import product
 from lamina.ops.shapes import Float
 
 
@@ -54,14 +55,15 @@ def adapted_linear(
 def _products(
     x: Tensor, dropped: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The projection [N, out], and the adapter's inner product x·Aᵀ [N, R]."""
-    narrow = F.linear(dropped, a)
-    out = weight.multiply(x, bias)
+    """The projection [N, out], and the adapter's inner product s·x·Aᵀ [N, R]."""
     if x.dtype == torch.float32:
-        out.add_(F.linear(narrow, b).mul_(scale))  # each product and sum rounded by itself, as PEFT does
-    else:
-        out.addmm_(narrow, b.t(), alpha=scale)
-    return out, narrow
+        narrow = F.linear(dropped, a)
+        out = weight.multiply(x, bias).add_(
+            F.linear(narrow, b).mul_(scale)
+        )  # each product and sum rounded, as PEFT does
+        return out, narrow.mul_(scale)
+    narrow = product((dropped, a.t()), scale=scale)
+    return weight.multiply(x, bias, (narrow, b.t())), narrow
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -79,13 +81,13 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dropped, narrow, a, b = ctx.saved_tensors
-        narrow_grad = (grad @ b).mul_(ctx.scale)  # [N, R]
-        a_grad = (narrow_grad.t() @ dropped).to(ctx.master)
-        b_grad = (grad.t() @ narrow).to(ctx.master).mul_(ctx.scale)
-        x_grad = ctx.weight.multiply_back(grad) if ctx.needs_input_grad[0] else None
-        dropped_grad = None
-        if ctx.same and x_grad is not None:
-            x_grad.addmm_(narrow_grad, a)
-        elif not ctx.same and ctx.needs_input_grad[1]:
-            dropped_grad = narrow_grad @ a
+        narrow_grad = product((grad, b), scale=ctx.scale)  # [N, R]
+        a_grad = product((narrow_grad.t(), dropped), dtype=ctx.master)
+        b_grad = product((grad.t(), narrow), dtype=ctx.master)
+        x_grad = dropped_grad = None
+        to_input = (narrow_grad, a)
+        if ctx.needs_input_grad[0]:
+            x_grad = ctx.weight.multiply_back(grad, *([to_input] if ctx.same else []))
+        if not ctx.same and ctx.needs_input_grad[1]:
+            dropped_grad = product(to_input)
         return x_grad, dropped_grad, None, None, a_grad, b_grad, None

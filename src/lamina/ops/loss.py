@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina import native
+from lamina.ops.products import product
 from lamina.ops.shapes import Bool, Float, Int
 
 IGNORED = -100
@@ -68,7 +69,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 def _slice(hidden: Tensor, vocabulary: Tensor, targets: Tensor, losses: Tensor, gradient: Tensor | None) -> None:
     """Writes the losses of a slice of rows, and their gradient; its logits are gone before the next slice has any."""
-    logits = F.linear(hidden, vocabulary)
+    logits = product((hidden, vocabulary.t()))
     if native.takes(logits):
         targets = targets.contiguous()
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
@@ -78,7 +79,7 @@ def _slice(hidden: Tensor, vocabulary: Tensor, targets: Tensor, losses: Tensor, 
         for part, target, loss in _chunks(logits, targets, losses):
             _normalise(part, target[:, None], loss, differentiate=gradient is not None)
     if gradient is not None:
-        torch.mm(logits, vocabulary, out=gradient)
+        product((logits, vocabulary), out=gradient)
 
 
 def _chunks(*slices: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -112,7 +113,7 @@ def token_scores(
     correct = torch.empty_like(losses, dtype=torch.bool)
     for start in range(0, len(supervised), SLICE):
         rows, now = supervised[start : start + SLICE], slice(start, start + SLICE)
-        logits = F.linear(hidden[rows], vocabulary)
+        logits = product((hidden[rows], vocabulary.t()))
         for part, target, loss, hit in _chunks(logits, targets[rows], losses[now], correct[now]):
             _score(part.float(), target, loss, hit)
     return losses, correct
@@ -138,7 +139,7 @@ def paired_scores(
     correct, apart = torch.empty_like(losses, dtype=torch.bool), torch.empty_like(losses[0])
     for start in range(0, len(supervised), SLICE):
         rows, now = supervised[start : start + SLICE], slice(start, start + SLICE)
-        logits = [F.linear(hidden[rows], vocabulary) for hidden in (before, after)]
+        logits = [product((hidden[rows], vocabulary.t())) for hidden in (before, after)]
         slices = (*logits, targets[rows], *losses[:, now], *correct[:, now], apart[now])
         for p, q, target, loss_p, loss_q, hit_p, hit_q, kl in _chunks(*slices):
             kl.copy_(divergence(_score(p.float(), target, loss_p, hit_p), _score(q.float(), target, loss_q, hit_q)))

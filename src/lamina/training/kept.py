@@ -16,6 +16,7 @@ import torch
 from lamina import native
 from lamina.model.architecture import Architecture
 from lamina.model.quantised import Base
+from lamina.ops import products
 from lamina.ops.attention import by_kernel, working_memory
 from lamina.ops.loss import CHUNK, SLICE, WIDE_CHUNK
 from lamina.ops.norm import CHUNK as NORM_CHUNK
@@ -55,10 +56,13 @@ class Setup:
     runtime: int = 0
     ledger: bool = False
 
-    @property
-    def scratchpad(self) -> int:
+    def product(self, rows: int, columns: int, terms: int, turned: bool = False) -> int:
         """What a product of the computation's dtype takes for its own use while it lasts."""
-        return SCRATCHPAD * torch.get_num_threads() if self.device == "cpu" and self.itemsize < FLOAT else 0
+        if self.device != "cpu" or self.itemsize == FLOAT:
+            return 0
+        if products.faster(rows, columns):
+            return products.working_memory(rows, columns, terms + terms % 2, turned)
+        return SCRATCHPAD * torch.get_num_threads()
 
     def by_kernels(self, width: int) -> bool:
         """Whether rows of this width go to the kernels of ``native``."""
@@ -154,6 +158,19 @@ class Layer:
     def kept(self) -> int:
         """All that the layer keeps."""
         return self.attention + self.norm + self.mlp
+
+    def products(self) -> tuple[int, int]:
+        """What any product of the MLP takes for its own use, forward and backward."""
+        forward, backward = [0], [0]
+        for name, (outputs, inputs) in self.shapes.items():
+            if name.startswith("mlp"):
+                rank, tokens = self.ranks.get(name, 0), self.after
+                forward.append(self.setup.product(tokens, outputs, inputs + rank))
+                backward.append(self.setup.product(tokens, inputs, outputs + rank))
+                if rank:
+                    backward.append(self.setup.product(outputs, rank, tokens, turned=True))
+                    backward.append(self.setup.product(rank, inputs, tokens, turned=True))
+        return max(forward), max(backward)
 
     def _attention(self, masked: int) -> int:
         a, n, e = self.setup.architecture, self.n, self.e

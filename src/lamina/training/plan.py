@@ -15,6 +15,7 @@ from lamina.model.architecture import Architecture
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import form_bytes
 from lamina.ops.int8 import ROWS as INT8_ROWS
+from lamina.ops.loss import SLICE
 from lamina.training.kept import (
     FLOAT,
     INDEX,
@@ -195,7 +196,11 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     kept = below[-1] + norm_kept(setup, portion.supervised, a.width)
     rows = loss_rows(setup, portion.supervised)
     slices = loss_slices(setup, portion.supervised)
-    at_loss = _buffer(setup, n) + setup.scratchpad
+    scores = [
+        setup.product(min(portion.supervised, SLICE), *sizes)
+        for sizes in ((a.vocabulary, a.width), (a.width, a.vocabulary))
+    ]
+    at_loss = _buffer(setup, n) + max(scores)
     yield alive("loss", gradients=gradients, activations=kept + rows, loss_slices=slices, buffers=at_loss)
     norm = norm_working(setup, portion.supervised, a.width)
     yield alive("final norm, backward", gradients=gradients, activations=kept, buffers=_buffer(setup, n) + norm)
@@ -217,14 +222,14 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
     whole, stream, inner = (
         rows * width * setup.itemsize for rows, width in ((n, a.width), (after, a.width), (after, a.mlp_width))
     )
-    frozen = _product(setup, after, a.mlp_width, a.width) + setup.scratchpad
+    forward, backward = (_product(setup, after, a.mlp_width, a.width) + most for most in layer.products())
     entry = whole * (not layer.entering)  # its input, where that is not kept as it is
     upon = stream * (again and layer.leaving)  # computed again, the gradient of its output is there already
     yield "attention", 0, layer.attention + entry + upon, layer.mixing_forward
-    yield "forward", 0, layer.kept + entry + upon, max(layer.forward, stream + frozen)
+    yield "forward", 0, layer.kept + entry + upon, max(layer.forward, stream + forward)
     if layer.leaving:
         upon = stream * layer.middle + entry * again  # the gradient that goes past the MLP
-        yield "MLP backward", FLOAT * layer.down_trainable, layer.kept + upon, max(layer.backward, inner + frozen)
+        yield "MLP backward", FLOAT * layer.down_trainable, layer.kept + upon, max(layer.backward, inner + backward)
         upon = stream + entry * again
         norm = norm_working(setup, after, a.width) if layer.middle else 0
         yield "norm backward", FLOAT * layer.mlp_trainable, layer.attention + layer.norm + upon, norm

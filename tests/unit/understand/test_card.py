@@ -129,13 +129,13 @@ def test_only_some_slices_of_logits_exist(monkeypatch: pytest.MonkeyPatch) -> No
     from lamina.ops import loss
 
     monkeypatch.setattr(loss, "SLICE", 8)
-    sizes, linear = [], loss.F.linear
+    sizes, product = [], loss.product
 
-    def counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(x))
-        return linear(x, weight)
+    def counted(factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        sizes.append(len(factors[0]))
+        return product(factors)
 
-    monkeypatch.setattr(loss.F, "linear", counted)
+    monkeypatch.setattr(loss, "product", counted)
     model = tuned()
     with torch.no_grad():
         states = torch.randn(100, 32)
