@@ -7,7 +7,7 @@ is PEFT's language, so that a file written on either side means the same on the 
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lamina.errors import AdapterError, ConfigError
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import Linear, device_of, form_of, linears_of, replace
-from lamina.ops.lora import adapted_linear
+from lamina.ops.lora import Adapted, adapted_linears
 from lamina.section import section
 
 ALL_LINEAR = "all-linear"
@@ -94,9 +94,32 @@ class AdaptedLinear(nn.Module):
             out: Tensor = self.base(x)
             return out
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        scale = self.scale * self.strength
+        return adapted_linears(x, dropped, self.scale * self.strength, self._operands())[0]
+
+    def _operands(self) -> Adapted:
         a, b = (self.narrow if not torch.is_grad_enabled() else None) or (self.a, self.b)
-        return adapted_linear(x, dropped, form_of(self.base), self.base.bias, a, b, scale)
+        return Adapted(form_of(self.base), self.base.bias, a, b)
+
+    @staticmethod
+    def together(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
+        """The outputs of linears that read the same input, as one op in training where they agree in what it takes for all.
+
+        A hook wants to see its module's own call, and dropout gives each adapter an input of its own.
+        """
+        adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
+        hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
+        dropping = any(linear.training and linear.dropout for linear in adapted)
+        scales = {linear.scale * linear.strength for linear in adapted}
+        if (
+            not torch.is_grad_enabled()
+            or len(adapted) < len(linears)
+            or hooked
+            or dropping
+            or len(scales) > 1
+            or 0.0 in scales
+        ):
+            return [linear(x) for linear in linears]
+        return adapted_linears(x, x, scales.pop(), *(linear._operands() for linear in adapted))
 
 
 def attach(model: Decoder, lora: LoRA, seed: int = 0) -> dict[str, AdaptedLinear]:

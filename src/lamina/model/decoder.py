@@ -5,6 +5,7 @@ CPU the logits equal those of transformers bit for bit; every operation below is
 decoder knows no adapters (leaves are replaced), no loss (it returns hidden states) and no cache (attention is handed in).
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
@@ -42,6 +43,12 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def together(x: Float[Tensor, "N D"], *linears: nn.Module) -> Sequence[Tensor]:
+    """The outputs of linears that read the same input; a leaf that was put in a linear's place may know how to make them at once."""
+    at_once = getattr(linears[0], "together", None)
+    return [linear(x) for linear in linears] if at_once is None else at_once(x, linears)
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values (Ainslie et al. 2023, arXiv:2305.13245)."""
 
@@ -59,9 +66,9 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "N D"], cos: Tensor, sin: Tensor, attend: Attend, wanted: Int[Tensor, " S"] | None = None
     ) -> Float[Tensor, "S D"]:
         heads = (x.shape[0], -1, self.head_width)
-        query = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)  # [N, H, h]
-        key = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)  # [N, K, h]
-        value = self.v_proj(x).view(heads)  # [N, K, h]
+        query, key, value = [out.view(heads) for out in together(x, self.q_proj, self.k_proj, self.v_proj)]
+        query = rotate(self.q_norm(query), cos, sin)  # [N, H, h]
+        key = rotate(self.k_norm(key), cos, sin)  # [N, K, h]; value as well
         mixed = attend(self.layer, query, key, value, self.window).flatten(1)
         out: Tensor = self.o_proj(_of(mixed, wanted))
         return out
@@ -81,7 +88,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(a.mlp_width, a.width, bias=a.mlp_bias)
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
         return out
 
 

@@ -6,7 +6,7 @@ taken, so nothing here asks W to be a tensor of the dtype in which the model com
 them in ``SharedBuffer``, one for the whole model: at any time one matrix is dense, and no step asks for the memory of another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -73,6 +73,18 @@ class Dense:
 
     def dense(self) -> Tensor:
         return self.weight
+
+
+def multiply_back(
+    weights: Sequence[Frozen], grads: Sequence[Float[Tensor, "N _"]], *beside: Product
+) -> Float[Tensor, "N inputs"]:
+    """Computes Σ gradᵢ·Wᵢ, the gradient of the input of several weights, plus the products ``beside``."""
+    if all(isinstance(weight, Dense) for weight in weights):
+        return product(*((grad, weight.dense()) for grad, weight in zip(grads, weights, strict=True)), *beside)
+    total = weights[0].multiply_back(grads[0], *beside)
+    for weight, grad in zip(weights[1:], grads[1:], strict=True):
+        total.add_(weight.multiply_back(grad))
+    return total
 
 
 Scratch = Callable[[int, torch.dtype, torch.device], Tensor]

@@ -2,16 +2,18 @@
 
 W is frozen, so a step needs no gradient of W, only the one through it; it may be stored in any form of ``frozen``. Autograd's
 own graph for the formula keeps the projection and the scaled product, and adds two gradients of x in a pass of their own; the
-op keeps x and x·Aᵀ, and accumulates where a GEMM can. ``plain`` is the reference that the op is tested against.
+op keeps x and s·x·Aᵀ, and sums where a GEMM can. Projections of the same input, such as q, k and v, are one op, and the gradient
+of x is one sum. ``plain`` is the reference that the op is tested against.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamina.ops.frozen import Frozen
+from lamina.ops.frozen import Frozen, multiply_back
 from lamina.ops.products import product
 from lamina.ops.shapes import Float
 
@@ -34,6 +36,18 @@ def plain(
     return F.linear(x, weight, bias) + F.linear(F.linear(dropped, a), b) * scale
 
 
+class Adapted(NamedTuple):
+    """A frozen projection and its adapter: W [out, D] in any form, b [out], A [R, D], B [out, R].
+
+    A and B may be wider than x (fp32 masters of a bf16 model): they are used in x's dtype.
+    """
+
+    weight: Frozen
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+
+
 def adapted_linear(
     x: Float[Tensor, "N D"],
     dropped: Float[Tensor, "N D"],
@@ -43,51 +57,73 @@ def adapted_linear(
     b: Float[Tensor, "out R"],
     scale: float,
 ) -> Float[Tensor, "N out"]:
-    """Computes ``plain`` as one op; the same bits in fp32, fewer roundings and less traffic in bf16.
+    """Computes ``plain`` as one op; the same bits in fp32, fewer roundings and less traffic in bf16."""
+    return adapted_linears(x, dropped, scale, Adapted(weight, bias, a, b))[0]
 
-    ``a`` and ``b`` may be wider than ``x`` (fp32 masters of a bf16 model): they are used in x's dtype.
+
+def adapted_linears(
+    x: Float[Tensor, "N D"], dropped: Float[Tensor, "N D"], scale: float, *linears: Adapted
+) -> tuple[Float[Tensor, "N _"], ...]:
+    """Computes ``adapted_linear`` for several projections of the same input, as one op.
+
+    Args:
+        dropped: what the adapters read, as in ``plain``.
+        scale: s of all of them.
     """
     if not torch.is_grad_enabled():
-        return _products(x, dropped, weight, bias, a.to(x.dtype), b.to(x.dtype), scale)[0]
-    return _AdaptedLinear.apply(x, dropped, weight, bias, a, b, scale)  # type: ignore[no-untyped-call, no-any-return]
+        return _products(x, dropped, scale, linears)[0]
+    masters = [master for linear in linears for master in (linear.a, linear.b)]
+    return _AdaptedLinear.apply(x, dropped, scale, linears, *masters)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _products(
-    x: Tensor, dropped: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The projection [N, out], and the adapter's inner product s·x·Aᵀ [N, R]."""
-    if x.dtype == torch.float32:
-        narrow = F.linear(dropped, a)
-        out = weight.multiply(x, bias).add_(
-            F.linear(narrow, b).mul_(scale)
-        )  # each product and sum rounded, as PEFT does
-        return out, narrow.mul_(scale)
-    narrow = product((dropped, a.t()), scale=scale)
-    return weight.multiply(x, bias, (narrow, b.t())), narrow
+    x: Tensor, dropped: Tensor, scale: float, linears: Sequence[Adapted]
+) -> tuple[tuple[Tensor, ...], Tensor, list[Tensor]]:
+    """The projections [N, out], the adapters' inner products s·x·Aᵀ [N, ΣR], and each A and B in x's dtype."""
+    exact = x.dtype == torch.float32  # each product and sum is rounded by itself, as PEFT does
+    factors = [factor.to(x.dtype) for linear in linears for factor in (linear.a, linear.b)]
+    narrow, outs = x.new_empty(len(x), sum(map(len, factors[::2]))), []
+    for linear, a, b, inner in zip(linears, factors[::2], factors[1::2], _split(narrow, linears), strict=True):
+        product((dropped, a.t()), scale=1.0 if exact else scale, out=inner)
+        if exact:
+            outs.append(linear.weight.multiply(x, linear.bias).add_(F.linear(inner, b).mul_(scale)))
+        else:
+            outs.append(linear.weight.multiply(x, linear.bias, (inner, b.t())))
+    return tuple(outs), narrow.mul_(scale) if exact else narrow, factors
+
+
+def _split(narrow: Tensor, linears: Sequence[Adapted], dim: int = 1) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = narrow.split([len(linear.a) for linear in linears], dim)
+    return parts
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        ctx.master = a.dtype
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        out, narrow = _products(x, dropped, weight, bias, a, b, scale)
-        ctx.save_for_backward(dropped, narrow, a, b)
-        ctx.weight, ctx.scale, ctx.same = weight, scale, dropped is x  # W is frozen: no version of it to watch
-        return out
+        ctx: Any, x: Tensor, dropped: Tensor, scale: float, linears: Sequence[Adapted], *masters: Tensor
+    ) -> tuple[Tensor, ...]:
+        outs, narrow, factors = _products(x, dropped, scale, linears)
+        ctx.save_for_backward(dropped, narrow, *factors)
+        ctx.linears, ctx.scale, ctx.same = linears, scale, dropped is x  # W is frozen: no version of it to watch
+        return outs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, narrow, a, b = ctx.saved_tensors
-        narrow_grad = product((grad, b), scale=ctx.scale)  # [N, R]
-        a_grad = product((narrow_grad.t(), dropped), dtype=ctx.master)
-        b_grad = product((grad.t(), narrow), dtype=ctx.master)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dropped, narrow, *factors = ctx.saved_tensors
+        master, each_a, each_b = ctx.linears[0].a.dtype, factors[::2], factors[1::2]
+        narrow_grad = torch.empty_like(narrow)
+        inner_grads = _split(narrow_grad, ctx.linears)
+        for grad, b, inner_grad in zip(grads, each_b, inner_grads, strict=True):
+            product((grad, b), scale=ctx.scale, out=inner_grad)
+        a_grads = _split(product((narrow_grad.t(), dropped), dtype=master), ctx.linears, 0)
+        inners = zip(grads, _split(narrow, ctx.linears), strict=True)
+        b_grads = [product((grad.t(), inner), dtype=master) for grad, inner in inners]
         x_grad = dropped_grad = None
-        to_input = (narrow_grad, a)
+        to_input = list(zip(inner_grads, each_a, strict=True))
         if ctx.needs_input_grad[0]:
-            x_grad = ctx.weight.multiply_back(grad, *([to_input] if ctx.same else []))
+            weights = [linear.weight for linear in ctx.linears]
+            x_grad = multiply_back(weights, grads, *(to_input if ctx.same else []))
         if not ctx.same and ctx.needs_input_grad[1]:
-            dropped_grad = product(to_input)
-        return x_grad, dropped_grad, None, None, a_grad, b_grad, None
+            dropped_grad = product(*to_input)
+        of_masters = (grad for both in zip(a_grads, b_grads, strict=True) for grad in both)
+        return x_grad, dropped_grad, None, None, *of_masters

@@ -27,6 +27,9 @@ SCRATCHPAD = 145_000
 """Bytes that oneDNN allocates for each thread while it computes a product in bf16 on a CPU: 140 to 200 kB, hardly depending on the
 product's size."""
 
+QKV, GATE_UP = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]
+"""Linears that read the same input."""
+
 FLOAT, INDEX = 4, 8
 """Bytes of a number in fp32, in which masters, moments and reductions are kept, and of an index."""
 
@@ -159,6 +162,22 @@ class Layer:
         """All that the layer keeps."""
         return self.attention + self.norm + self.mlp
 
+    def siblings(self, names: list[str], tokens: int, needs: bool) -> tuple[int, int]:
+        """When projections of the same input of so many tokens go back as one op: what they keep, and what they need beside, which is
+        the gradients of their outputs, of x·Aᵀ and of the input; zeros, where each goes back by itself."""
+        if self.setup.dropout or not self.ranks.keys() >= set(names):
+            return 0, 0
+        width, outputs = self.shapes[names[0]][1], [self.shapes[name][0] for name in names]
+        ranks = [self.ranks[name] for name in names]
+        working = [self.setup.product(sum(ranks), width, tokens, turned=True)]
+        working += [
+            self.setup.product(out, rank, tokens, turned=True) for out, rank in zip(outputs, ranks, strict=True)
+        ]
+        if needs:
+            working.append(self.setup.product(tokens, width, sum(outputs) + sum(ranks)))
+        gradients = tokens * (sum(outputs) + sum(ranks) + width * needs) * self.e
+        return self._read(names, needs, tokens), gradients + max(working)
+
     def products(self) -> tuple[int, int]:
         """What any product of the MLP takes for its own use, forward and backward."""
         forward, backward = [0], [0]
@@ -174,10 +193,9 @@ class Layer:
 
     def _attention(self, masked: int) -> int:
         a, n, e = self.setup.architecture, self.n, self.e
-        names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-        needs = [self.entering or name in self.ranks for name in names]
+        needs = [self.entering or name in self.ranks for name in QKV]
         kept = norm_kept(self.setup, n, a.width) if self.entering else 0
-        kept += self._read(names, self.entering, n)
+        kept += self._read(QKV, self.entering, n)
         if a.qk_norm:
             query, key = n * a.heads * needs[0], n * a.kv_heads * needs[1]
             of_key = norm_kept(self.setup, key, a.head_width)
@@ -204,12 +222,12 @@ class Layer:
         stream, inner = self.after * self.setup.architecture.width * self.e, numbers * self.e
         gate, up = (self.middle or f"mlp.{name}_proj" in self.ranks for name in ("gate", "up"))
         product, down = gate or up, "mlp.down_proj" in self.ranks
-        kept = inner * 2 * product + self._read(["mlp.gate_proj", "mlp.up_proj"], self.middle, self.after)
+        kept = inner * 2 * product + self._read(GATE_UP, self.middle, self.after)
         kept += self._read(["mlp.down_proj"], product, self.after)
         # Forward: both factors and the product, then the product and the output; beside them the residual stream, which the
         # norm keeps where it keeps anything, and the MLP's input.
         reads = not self.setup.dropout  # with dropout, what an adapted linear keeps is not its input
-        entry = stream * (not (reads and {"mlp.gate_proj", "mlp.up_proj"} & self.ranks.keys()))
+        entry = stream * (not (reads and set(GATE_UP) & self.ranks.keys()))
         unkept = inner * (not (reads and down))
         dropping = (numbers * FLOAT - inner) * (down and not reads)  # the mask is drawn in integers
         forward = stream * (not self.middle) + entry + unkept + max(inner * 2 * (not product), stream, dropping)

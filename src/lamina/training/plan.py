@@ -18,7 +18,9 @@ from lamina.ops.int8 import ROWS as INT8_ROWS
 from lamina.ops.loss import SLICE
 from lamina.training.kept import (
     FLOAT,
+    GATE_UP,
     INDEX,
+    QKV,
     Layer,
     Portion,
     Setup,
@@ -230,9 +232,15 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
     if layer.leaving:
         upon = stream * layer.middle + entry * again  # the gradient that goes past the MLP
         yield "MLP backward", FLOAT * layer.down_trainable, layer.kept + upon, max(layer.backward, inner + backward)
+        if (siblings := layer.siblings(GATE_UP, after, layer.middle))[0]:
+            kept = layer.attention + layer.norm + siblings[0]
+            yield "gate and up, backward", FLOAT * layer.mlp_trainable, kept + upon, siblings[1]
         upon = stream + entry * again
         norm = norm_working(setup, after, a.width) if layer.middle else 0
         yield "norm backward", FLOAT * layer.mlp_trainable, layer.attention + layer.norm + upon, norm
         yield "attention backward", FLOAT * layer.mlp_trainable, layer.attention - layer.output + upon, layer.mixing
         kept, norm = layer.qk_norms
         yield "query and key norm backward", FLOAT * layer.trainable, kept + upon, norm
+        if (siblings := layer.siblings(QKV, n, layer.entering))[0]:
+            kept = siblings[0] + norm_kept(setup, n, a.width) * layer.entering
+            yield "q, k and v, backward", FLOAT * layer.trainable, kept + upon, siblings[1]

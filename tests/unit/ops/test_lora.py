@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.ops.frozen import Dense
-from lamina.ops.lora import adapted_linear, plain
+from lamina.ops.lora import Adapted, adapted_linear, adapted_linears, plain
 
 SCALE = 1.7  # no power of two, so that a scale in the wrong place would show in the bits
 
@@ -109,3 +109,38 @@ def test_b_zero_is_the_base_and_only_b_learns() -> None:
     out.sum().backward()
     assert a.grad is not None and not a.grad.any()
     assert b.grad is not None and b.grad.all()
+
+
+def siblings(dtype: torch.dtype, tokens: int = 5) -> tuple[Tensor, list[Adapted]]:
+    """x, and three projections of it, of different outputs and ranks, one without a bias."""
+    x, _, weight, _, a, b = operands(dtype, tokens, inputs=8)
+    others = [operands(dtype, tokens, inputs=8, outputs=outputs, rank=rank)[2:] for outputs, rank in ((4, 2), (10, 1))]
+    parts = [(weight, None, a, b), *((w + 1, bias, a + 1, b) for w, bias, a, b in others)]
+    return x, [Adapted(Dense(weight), bias, a, b) for weight, bias, a, b in parts]
+
+
+@pytest.mark.parametrize("x_learns", [False, True])
+def test_gradients_of_siblings(x_learns: bool) -> None:
+    x, linears = siblings(torch.float64)
+    factors = [factor.requires_grad_() for linear in linears for factor in (linear.a, linear.b)]
+
+    def op(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        given = zip(linears, factors[::2], factors[1::2], strict=True)
+        return adapted_linears(x, x, SCALE, *(linear._replace(a=a, b=b) for linear, a, b in given))
+
+    assert torch.autograd.gradcheck(op, (x.requires_grad_(x_learns), *factors))
+
+
+def test_siblings_are_what_each_is_by_itself() -> None:
+    x, linears = siblings(torch.float32, tokens=70)
+    together = adapted_linears(x, x, SCALE, *linears)
+    for out, linear in zip(together, linears, strict=True):
+        assert torch.equal(out, adapted_linear(x, x, linear.weight, linear.bias, linear.a, linear.b, SCALE))
+
+
+def test_an_output_that_nobody_uses_has_no_part_in_the_gradients() -> None:
+    x, linears = siblings(torch.float32)
+    for linear in linears:
+        linear.a.requires_grad_(), linear.b.requires_grad_()
+    adapted_linears(x, x, SCALE, *linears)[1].sum().backward()
+    assert [bool(linear.a.grad is not None and linear.a.grad.any()) for linear in linears] == [False, True, False]
