@@ -1,6 +1,6 @@
 /* Sums of matrix products in bfloat16: out = scale·Σ aᵢ·bᵢ + bias + onto, summed in fp32 and rounded once.
 
-   A thread takes PANEL columns of the output and HIGH rows at most. It packs those columns of the bᵢ, pairs along the sum, into what
+   A task is PANEL columns of the output and some of its rows. A thread packs those columns of the bᵢ, pairs along the sum, into what
    a core's cache holds, and lets ROWS rows of the aᵢ at a time run over them, as in Goto and van de Geijn 2008
    (doi:10.1145/1356052.1356053). The rows of an a whose pairs lie side by side are read where they are; those of one that is turned
    are packed as well. Sums are taken along the whole of each product in its order, so a row's result is the same among any others.
@@ -19,11 +19,11 @@ enum {
     ROWS = 6, /* of a tile, PANEL columns wide: 24 of 32 registers */
     COLUMNS = 4,
     PANEL = COLUMNS * LANES,
-    HIGH = 3072, /* most rows of a task, and fewest, but at the end */
-    LOW = 48,
+    HIGH = 3072, /* most rows of a task that keeps its sums from pass to pass */
+    LOW = 48,    /* fewest rows of any other, but at the end */
     DEEP = 2304,  /* terms of the sums in one pass: 288 kB of packed columns */
     TURNED = 512, /* the same where rows are packed too */
-    PARTS = 8,    /* most products */
+    PARTS = 8,    /* most products: MOST in ops/products.py */
     AHEAD = 16    /* rows from one that is packed to one that is fetched */
 };
 
@@ -57,7 +57,7 @@ INLINE void tile(int rows, long inner, const bf16 *a, long row, long step, const
         for (int j = 0; j < COLUMNS; j++) s[i][j] = add ? load(c + i * PANEL + LANES * j) : all(0);
     for (long k = 0; k < inner; k++) {
         words right[COLUMNS];
-        if (step == 2) __builtin_prefetch(a + ROWS * row + 2 * ROWS * k); /* the next tile's */
+        if (step == 2 && k % LANES < ROWS) __builtin_prefetch(a + (ROWS + k % LANES) * row + k / LANES * 2 * LANES); /* the next tile's */
         for (int j = 0; j < COLUMNS; j++) right[j] = load_words(b + k * PANEL + LANES * j);
         for (int i = 0; i < rows; i++) {
             pair left;
@@ -82,6 +82,12 @@ static void tile_of(long rows, long inner, const bf16 *a, long row, long step, c
 
 typedef uint16_t line __attribute__((vector_size(64), aligned(2)));
 
+#ifdef __clang__
+#define SHUFFLED(type, a, b, ...) ((type)__builtin_shufflevector(a, b, __VA_ARGS__))
+#else /* that has the other one from GCC 12 on only */
+#define SHUFFLED(type, a, b, ...) ((type)__builtin_shuffle(a, b, (type){__VA_ARGS__}))
+#endif
+
 /* x[inner][columns] to out[panels][inner/2][PANEL], pairs of a number and the one below it; zeros are added. */
 static void pack(const bf16 *x, long row, long inner, long columns, pair *out) {
     for (long k = 0; k < inner; k += 2, out += PANEL)
@@ -97,10 +103,10 @@ static void pack(const bf16 *x, long row, long inner, long columns, pair *out) {
                 if (k + 1 < inner) memcpy(&below, from + row, sizeof(bf16) * (columns - d));
             }
             pair *to = out + d / PANEL * up(inner, 2) / 2 * PANEL + d % PANEL;
-            store_words(to, (words)__builtin_shufflevector(above, below, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9,
-                                                           41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
-            store_words(to + LANES, (words)__builtin_shufflevector(above, below, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23,
-                                                                   55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
+            store_words(to, (words)SHUFFLED(line, above, below, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10,
+                                            42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
+            store_words(to + LANES, (words)SHUFFLED(line, above, below, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                    24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
         }
 }
 
@@ -109,8 +115,8 @@ INLINE void transpose(words x[LANES]) {
         words y[LANES];
         for (int i = 0; i < LANES / 2; i++) {
             words a = x[i], b = x[i + LANES / 2];
-            y[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            y[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            y[2 * i] = SHUFFLED(words, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            y[2 * i + 1] = SHUFFLED(words, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         }
         for (int i = 0; i < LANES; i++) x[i] = y[i];
     }
@@ -125,7 +131,7 @@ static void pack_turned(const bf16 *x, long row, long inner, long columns, pair 
             for (long i = 0; i < LANES; i++) {
                 const bf16 *from = x + (d + i) * row + 2 * k;
                 lines[i] = all_words(0);
-                if (d + i < columns && some == LANES) lines[i] = load_words((const pair *)from);
+                if (d + i < columns && some == LANES) memcpy(&lines[i], from, sizeof(words)); /* a size that is known is one load */
                 else if (d + i < columns) memcpy(&lines[i], from, sizeof(pair) * some);
             }
             transpose(lines);
@@ -201,7 +207,7 @@ long products_here(void) { return HERE; }
 static long rows_of_a_task(long rows, long columns, long passes, long threads) {
     long panels = up(columns, PANEL) / PANEL, wanted = passes > 1 ? up(2 * threads, panels) / panels : up(64 * threads, panels) / panels;
     long high = up(rows, wanted) / wanted;
-    if (passes > 1) return up(high < HIGH ? high : HIGH, high > PANEL ? PANEL : ROWS); /* rows that are packed are, in whole panels */
+    if (passes > 1) return up(high < HIGH ? high : HIGH, high > PANEL ? PANEL : ROWS); /* packed rows lie in panels too */
     return up(high > LOW ? high : LOW, ROWS);
 }
 

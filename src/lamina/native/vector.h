@@ -1,6 +1,6 @@
 /* Sixteen numbers at a time, in the vector types that GCC and Clang share, and bfloat16 in and out of them.
 
-   Nothing here names a processor but dot2. The compiler makes one AVX-512 instruction of an operation, two of AVX2, or four
+   Nothing here names a processor but narrow and dot2. The compiler makes one AVX-512 instruction of an operation, two of AVX2, or four
    of NEON. */
 #pragma once
 #include <math.h>

@@ -106,8 +106,8 @@ class SharedBuffer:
 
 
 def frozen_linear(
-    x: Float[Tensor, "*N inputs"], weight: Frozen, bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "*N out"]:
+    x: Float[Tensor, "N inputs"], weight: Frozen, bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "N out"]:
     """Computes x·Wᵀ + b; the gradient goes to x only."""
     if not torch.is_grad_enabled():
         return weight.multiply(x, bias)

@@ -9,16 +9,17 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from lamina import native
 from lamina.ops.shapes import Float
 
-FEW = 32
+FEW = 64
 """Rows or columns below which a product is left to torch: it waits for the memory of its factors, whoever computes it."""
 
 MOST = 8
-"""Products in one sum."""
+"""Products in one sum: PARTS in the kernel."""
 
 Product = tuple[Tensor, Tensor]
 """The factors a [N, K] and b [K, M] of a·b; either may be the transpose of a matrix that lies row after row."""
@@ -39,17 +40,15 @@ def product(
         out: where the result goes, or with ``onto`` what it is added to; by default new memory.
         dtype: of new memory; by default that of the factors.
     """
-    if _by_kernel(products):
-        return _by_one_kernel(products, scale, bias, out, onto, dtype)
     (a, b), *others = products
-    if out is None:
-        total = F.linear(a, b.t(), bias if scale == 1.0 else None)
+    if faster(a.shape[0], b.shape[1]) and _readable(products, bias, out, dtype):
+        return _by_kernel(products, scale, bias, out, onto, dtype)
+    if out is None and scale == 1.0:
+        total = F.linear(a, b.t(), bias)
     else:
-        total = out.addmm_(a, b, beta=int(onto), alpha=scale)
-    if out is None and scale != 1.0:
-        total.mul_(scale)
-    if bias is not None and (out is not None or scale != 1.0):
-        total.add_(bias)
+        to = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+        total = to.addmm_(a, b, beta=int(onto), alpha=scale)
+        total = total if bias is None else total.add_(bias)
     for a, b in others:
         total.addmm_(a, b, alpha=scale)
     return total if dtype is None else total.to(dtype)
@@ -70,24 +69,33 @@ def _here() -> bool:
     return native.library() is not None and bool(native.ask("products_here"))
 
 
-def _by_kernel(products: tuple[Product, ...]) -> bool:
-    """Whether the kernel takes these, and is worth it.
+def _readable(
+    products: tuple[Product, ...], bias: Tensor | None, out: Tensor | None, dtype: torch.dtype | None
+) -> bool:
+    """Whether the kernel reads these as they are. What does not fit together is torch's, which says so.
 
     It reads pairs along a sum as one word; only where it packs both factors anyway may their number be odd.
     """
-    a, b = products[0]
-    if a.dtype is not torch.bfloat16 or not a.is_cpu or not faster(a.shape[0], b.shape[1]):
+    rows, columns = products[0][0].shape[0], products[0][1].shape[1]
+    for a, b in products:
+        of_bf16 = a.dtype is torch.bfloat16 and b.dtype is torch.bfloat16 and a.is_cpu and b.is_cpu
+        if (
+            not of_bf16
+            or a.shape != (rows, len(b))
+            or b.shape != (len(b), columns)
+            or not (1 in a.stride() and 1 in b.stride())
+        ):
+            return False
+        if len(b) % 2 and (a.stride(1) == 1 or b.stride(1) != 1):
+            return False
+    if bias is not None and not (bias.dtype is torch.bfloat16 and bias.shape == (columns,) and bias.is_contiguous()):
         return False
-    return (
-        all(
-            1 in a.stride() and 1 in b.stride() and (a.shape[1] % 2 == 0 or (a.stride(1) != 1 and b.stride(1) == 1))
-            for a, b in products
-        )
-        and len(products) <= MOST
-    )
+    if out is not None and not (out.is_cpu and out.shape == (rows, columns)):
+        return False
+    return len(products) <= MOST and (dtype if out is None else out.dtype) in (None, torch.bfloat16, torch.float32)
 
 
-def _by_one_kernel(
+def _by_kernel(
     products: tuple[Product, ...],
     scale: float,
     bias: Tensor | None,
@@ -106,7 +114,8 @@ def _by_one_kernel(
         job += [a.data_ptr(), b.data_ptr(), a.shape[1], *_lines(a), *_lines(b)]
         terms, turned = terms + a.shape[1] + a.shape[1] % 2, turned or a.stride(1) != 1
     memory = torch.empty(working_memory(rows, columns, terms, turned), dtype=torch.uint8)
-    native.call("products", (ctypes.c_long * len(job))(*job), scale, memory)
+    native.call("products", (ctypes.c_long * len(job))(*job), float(scale), memory)
+    increment_version(out)
     return out
 
 

@@ -1,6 +1,7 @@
 """Sums of products: the kernel against float64 over odd shapes, every way in which matrices lie, and what is left to torch."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ needs_kernel = pytest.mark.skipif(not products._here(), reason="no kernel that i
 def matrix(rows: int, columns: int, turned: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     drawn = torch.randn(columns, rows).t() if turned else torch.randn(rows, columns)
     return drawn.to(dtype)
+
+
+def kernel_takes(pairs: list[tuple[Tensor, Tensor]]) -> bool:
+    rows, columns = pairs[0][0].shape[0], pairs[0][1].shape[1]
+    return products.faster(rows, columns) and products._readable(tuple(pairs), None, None, None)
 
 
 def sums(pairs: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, start: Tensor | None = None) -> Tensor:
@@ -52,7 +58,7 @@ def test_every_shape_and_layout(terms: int, a_turned: bool, b_turned: bool) -> N
         pairs = [(matrix(rows, terms, a_turned), matrix(terms, columns, b_turned))]
         bias = torch.randn(columns).bfloat16()
         assert within(product(*pairs, bias=bias), pairs, bias), (rows, columns)
-        if products._by_kernel(tuple(pairs)):
+        if kernel_takes(pairs):
             assert within(product(*pairs, dtype=torch.float32), pairs), (rows, columns)
 
 
@@ -81,7 +87,7 @@ def test_a_sum_of_products_is_rounded_once() -> None:
 
 @needs_kernel
 def test_a_row_is_the_same_among_any_others() -> None:
-    """Bit by bit, in whatever order threads take the tasks: examples cannot feel each other."""
+    """Bit by bit, in whatever order threads take the tasks, from FEW rows on: examples cannot feel each other."""
     torch.manual_seed(0)
     a, b, turned = matrix(500, 96, False), matrix(96, 200, True), matrix(96, 200, False)
     before, results = torch.get_num_threads(), []
@@ -141,10 +147,63 @@ def test_what_the_kernel_does_not_read_goes_to_torch() -> None:
     many = [(matrix(64, 8, False), matrix(8, 64, False)) for _ in range(products.MOST + 1)]
     small = [(matrix(3, 8, False), matrix(8, 64, False))]
     for pairs in (odd, apart, many, small):
-        assert not products._by_kernel(tuple(pairs))
+        assert not kernel_takes(pairs)
     assert within(product(*odd), odd) and within(product(*apart), apart) and within(product(*small), small)
     assert product(*many).shape == (64, 64)
-    assert products._by_kernel(((odd[0][0].t().contiguous().t(), odd[0][1]),))
+    assert kernel_takes([(odd[0][0].t().contiguous().t(), odd[0][1])])
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "given", [{"bias": torch.ones(90)}, {"bias": torch.ones(1).bfloat16().expand(90)}, {"dtype": torch.float64}]
+)
+def test_what_surrounds_the_factors_is_read_right(given: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    pairs = [(matrix(70, 64, False), matrix(64, 90, True))]
+    bias = given.get("bias")
+    if bias is not None and bias.dtype == torch.float32:
+        with pytest.raises(RuntimeError, match="dtype"):
+            product(*pairs, **given)
+    else:
+        assert within(product(*pairs, **given).bfloat16(), pairs, bias)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(matrix(64, 64, False), matrix(66, 64, False))],
+        [(matrix(64, 64, False), matrix(64, 64, False).float())],
+        [(matrix(64, 64, False), matrix(64, 64, False)), (matrix(64, 64, False), matrix(64, 66, False))],
+        [(matrix(64, 64, False), matrix(64, 64, False)), (matrix(66, 64, False), matrix(64, 64, False))],
+    ],
+)
+def test_factors_that_do_not_fit_are_told(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    with pytest.raises(RuntimeError):
+        product(*pairs)
+    with pytest.raises(RuntimeError):
+        product((matrix(64, 64, False), matrix(64, 64, False)), out=matrix(64, 66, False))
+
+
+def test_the_scale_is_applied_before_anything_is_rounded() -> None:
+    """A scale that is no power of two, by torch and by the kernel; an integer is a scale too."""
+    torch.manual_seed(0)
+    for rows, columns in ((70, 8), (70, 90)):
+        pairs = [(matrix(rows, 64, False), matrix(64, columns, True))]
+        scaled = [(a.double() * 11.31, b.double()) for a, b in pairs]
+        error = product(*pairs, scale=11.31).double() - sums(scaled)
+        assert (
+            error.abs() <= BF16 * sums(scaled).abs() + 128 * SUM * sums([(a.abs(), b.abs()) for a, b in scaled])
+        ).all()
+        assert torch.equal(product(*pairs, scale=2), product(*pairs, scale=2.0))
+
+
+@needs_kernel
+def test_a_change_in_place_is_seen() -> None:
+    out = torch.zeros(64, 64).bfloat16()
+    before = out._version
+    product((matrix(64, 64, False), matrix(64, 64, False)), out=out)
+    assert out._version > before
 
 
 def test_no_graph_is_made() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lamina.adapter import LoRA, adapted, attach
 from lamina.model import decoder
 from lamina.model.decoder import Decoder
-from lamina.ops import attention, norm, swiglu
+from lamina.ops import attention, norm, products, swiglu
 from lamina.ops.loss import cross_entropy_sum
 
 LENGTHS = (330, 150, 70, 20)
@@ -27,6 +27,8 @@ TWINS: dict[str, tuple[Any, str, Any]] = {
     "norm": (decoder, "rms_norm", norm.plain),
     "gate": (decoder, "swiglu", swiglu.plain),
     "rotation": (decoder, "rotate", rotate_plainly),
+    "products": (products, "faster", lambda *_: False),
+    "siblings": (decoder, "together", lambda x, *linears: [linear(x) for linear in linears]),
 }
 """Where each op is called from, its name there, and what autograd differentiates instead."""
 
