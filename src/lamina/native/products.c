@@ -49,8 +49,6 @@ typedef struct {
     long inner, row, step, panel;
 } part;
 
-static long up(long n, long to) { return (n + to - 1) / to * to; }
-
 INLINE void tile(int rows, long inner, const bf16 *a, long row, long step, const pair *b, float *c, int add) {
     floats s[ROWS][COLUMNS];
     for (int i = 0; i < rows; i++)
@@ -102,18 +100,6 @@ static void pack(const bf16 *x, long row, long inner, long columns, pair *out) {
             store_words(to + LANES, (words)__builtin_shufflevector(above, below, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23,
                                                                    55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
         }
-}
-
-INLINE void transpose(words x[LANES]) {
-    for (int round = 0; round < 4; round++) { /* each interleaves the first half with the second */
-        words y[LANES];
-        for (int i = 0; i < LANES / 2; i++) {
-            words a = x[i], b = x[i + LANES / 2];
-            y[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            y[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        }
-        for (int i = 0; i < LANES; i++) x[i] = y[i];
-    }
 }
 
 /* The same of x[columns][inner], at most PANEL columns; inner is even. */

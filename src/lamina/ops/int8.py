@@ -12,19 +12,25 @@ multiplication per element, and one stored weight serves both directions; the us
 with scales per input channel. The sums are exact in int32. Every scale, the bias, and the products with them are fp32,
 rounded once to the dtype of x.
 
+In bf16 on a CPU kernels of our own (``native/integers.c``) quantise the rows in one pass, and multiply and rescale in another, where
+they are faster than oneDNN; torch's operations are what they are tested against. The bits are the same but for numbers that are
+subnormal in bf16, which become zero, as in all kernels.
+
 Rejected: slices of rows that stay in cache (what they save in traffic goes into smaller GEMMs and more operators), and
 ``torch.aminmax`` and ``vector_norm`` for the largest number of a row (several times slower than ``amax`` beside ``amin``).
 """
 
+import ctypes
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamina import native
 from lamina.errors import ModelError
 from lamina.ops.frozen import Scratch
-from lamina.ops.products import Product, added
+from lamina.ops.products import FEW, Product, added
 from lamina.ops.shapes import Float, Int
 
 LARGEST = 127
@@ -135,6 +141,11 @@ class Int8(nn.Module):
         """(x·before, quantised)·codes·after + bias; ``before`` and ``after`` are factors of columns."""
         inputs, outputs = codes.shape
         out = x.new_empty(len(x), outputs)
+        if _by_kernel(x, outputs, bias):
+            for given, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
+                memory = self.scratch(working_memory(len(given), inputs, outputs, kernel=True), torch.uint8, x.device)
+                _multiply(given, codes, before, after, bias, result, memory)
+            return out
         for given, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
             wide, sums, narrow = self._workspace(len(given), inputs, outputs, x.device)
             scale = quantise_rows(given, before, wide[: given.numel()].view(given.shape), narrow)
@@ -149,13 +160,61 @@ class Int8(nn.Module):
 
     def _workspace(self, rows: int, inputs: int, outputs: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Cuts scratch memory into flat fp32 for either side of a product, its sums in int32, and its operand in int8."""
-        sizes = [4 * rows * max(inputs, outputs), 4 * rows * outputs, rows * inputs]
+        sizes = _parts(rows, inputs, outputs, kernel=False)
         wide, sums, narrow = self.scratch(sum(sizes), torch.uint8, device).split(sizes)
         return (
             wide.view(torch.float32),
             sums.view(torch.int32).view(rows, outputs),
             narrow.view(torch.int8).view(rows, inputs),
         )
+
+
+def faster(rows: int, outputs: int, device: str, dtype: torch.dtype) -> bool:
+    """Whether a product with a result of this size goes to the kernels."""
+    return min(rows, outputs) >= FEW and native.available(device, dtype) and _here()
+
+
+@cache
+def _here() -> bool:
+    return bool(native.ask("integers_here"))
+
+
+def _by_kernel(x: Tensor, outputs: int, bias: Tensor | None) -> bool:
+    """Whether the kernels take these, and are worth it."""
+    readable = x.stride(1) == 1 and (bias is None or bias.dtype == x.dtype)
+    return readable and faster(len(x), outputs, x.device.type, x.dtype)
+
+
+def working_memory(rows: int, inputs: int, outputs: int, kernel: bool) -> int:
+    """Bytes of scratch memory that the product of so many rows, ``ROWS`` at most, takes."""
+    return sum(_parts(rows, inputs, outputs, kernel))
+
+
+def _parts(rows: int, inputs: int, outputs: int, kernel: bool) -> list[int]:
+    """Bytes of fp32 for either side of a product, sums and operand; for the kernels of operand, packed columns and scales."""
+    if kernel:
+        panels = torch.get_num_threads() * native.ask("integer_panel", inputs)
+        return [rows * native.ask("integer_step", inputs), panels, 4 * rows]
+    return [4 * rows * max(inputs, outputs), 4 * rows * outputs, rows * inputs]
+
+
+def _multiply(
+    x: Tensor,
+    codes: Tensor,
+    before: Tensor | None,
+    after: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    memory: Tensor,
+) -> None:
+    """Writes (x·before, quantised)·codes·after + bias by the kernels."""
+    inputs, outputs = codes.shape
+    turned = not codes.is_contiguous()
+    narrow, panels, scale = memory.split(_parts(len(x), inputs, outputs, kernel=True))
+    rows, address = (len(x), inputs), ctypes.c_void_p(x.data_ptr())
+    native.call("integer_rows", address, x.stride(0), before, *rows, SMALLEST, narrow, scale)
+    weight = codes.t() if turned else codes
+    native.call("integer_products", narrow, scale, weight, turned, after, bias, out, *rows, outputs, panels)
 
 
 def quantise_rows(
