@@ -1,9 +1,9 @@
 """How much of a step over a quantised base is spent in making numbers that can be multiplied.
 
-In 4 bit that is ``dense()``. In int8 it is all of a product that is not the integer GEMM: the rows are quantised, and, by torch, the
-sums rescaled, which our own kernel does with the sums. The forms' methods are wrapped, on the instances. Of int8 the GEMM is told apart
-by a dispatch mode, which costs some microseconds an operator, and among our kernels by its name; so every base takes two steps in turn,
-one that is watched and one that is not, and the step's time is that of the latter.
+In 4 bit that is ``dense()``. In int8 it is all of a product that is not a GEMM, the integer one or the adapter's: the rows are
+quantised, and, by torch, the sums rescaled, which our own kernel does with the sums. The forms' methods are wrapped, on the instances.
+Of int8 the GEMMs are told apart by a dispatch mode, which costs some microseconds an operator, and among our kernels by their names; so
+every base takes two steps in turn, one that is watched and one that is not, and the step's time is that of the latter.
 """
 
 import json
@@ -32,10 +32,10 @@ from lamina.training.loop import Step, Training, start, train
 
 BASES = (None, "nf4", "fp4", "int8")
 BATCH = 4
-GEMMS = {torch.ops.aten._int_mm, torch.ops.aten.mm}
-"""The integer GEMM of torch, and what stands in for it where that is not exact."""
+GEMMS = {torch.ops.aten._int_mm, torch.ops.aten.mm, torch.ops.aten.addmm_}
+"""The integer GEMM of torch, what stands in for it where that is not exact, and the adapter's."""
 
-KERNEL = "integer_products"
+KERNELS = {"integer_products", "products"}
 """Our own."""
 
 
@@ -77,7 +77,7 @@ class Gemms(TorchDispatchMode):
     def _called(self, name: str, *arguments: native.Argument, **settings: int | None) -> None:
         began = time.perf_counter()
         self.call(name, *arguments, **settings)
-        self.seconds += (time.perf_counter() - began) * (name == KERNEL)
+        self.seconds += (time.perf_counter() - began) * (name in KERNELS)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         began = time.perf_counter()

@@ -1,22 +1,21 @@
-/* Products with a weight in int8: rows in bfloat16 to bytes, then out = row·column·Σ bytes·codes + bias, summed exactly in int32.
+/* Products with a weight in int8: rows in bfloat16 to bytes, then out = row·column·Σ bytes·codes + bias + more·b, the sum of
+   bytes·codes exact in int32, more·b a narrow product in bfloat16, as an adapter adds it.
 
    The instruction multiplies bytes without a sign by codes with one, so a row is kept as q + 128, and sums start at -128·Σ codes. Both
    sides wrap around in int32, and the sum of q·codes, which does not, is what is left.
 
    As in products.c a thread packs PANEL columns and lets ROWS rows at a time run over them; here four terms of a sum are a word. The
    arithmetic behind the sums is that of ops/int8.py, operation by operation. */
-#include "vector.h"
+#include "panels.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(__AMX_INT8__)
 #include <immintrin.h>
 #include <omp.h>
 
 enum {
-    ROWS = 6, /* of a tile, PANEL columns wide: 24 of 32 registers */
-    COLUMNS = 4,
-    PANEL = COLUMNS * LANES,
-    LOW = 48, /* fewest rows of a task, but at the end */
-    LINE = 64 /* bytes of a cache line */
+    LOW = 48,     /* fewest rows of a task, but at the end */
+    LINE = 64,    /* bytes of a cache line */
+    NARROW = 256  /* most terms of a sum of the narrow product */
 };
 
 typedef uint8_t byte;
@@ -36,8 +35,11 @@ long integers_here(void) { return 1; }
 /* Bytes from one row to the next: an odd number of lines, so that neighbouring rows do not share the places of a cache. */
 long integer_step(long inner) { return up(inner, LINE) | LINE; }
 
-/* Bytes of a thread's packed columns. */
-long integer_panel(long inner) { return up(inner, 4) * PANEL; }
+/* Bytes of a thread's packed columns, of codes and of the narrow product's b. */
+long integer_panel(long inner) { return up(inner, 4) * PANEL + (long)sizeof(bf16) * NARROW * PANEL; }
+
+/* Most terms of the narrow product. */
+long integer_narrow(void) { return NARROW; }
 
 INLINE floats numbers(const bf16 *x, const float *factors, long some) {
     bf16 copied[LANES] = {0};
@@ -80,7 +82,7 @@ INLINE integers dot4(integers c, words a, words b) {
     return (integers)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
 }
 
-INLINE void tile(int rows, long deep, const byte *a, long step, const word *b, const integers *start, int32_t *sums) {
+INLINE void integer_tile(int rows, long deep, const byte *a, long step, const word *b, const integers *start, int32_t *sums) {
     integers s[ROWS][COLUMNS];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < COLUMNS; j++) s[i][j] = start[j];
@@ -98,19 +100,19 @@ INLINE void tile(int rows, long deep, const byte *a, long step, const word *b, c
         for (int j = 0; j < COLUMNS; j++) *(integers *)(sums + i * PANEL + LANES * j) = s[i][j];
 }
 
-static void tile_of(long rows, long deep, const byte *a, long step, const word *b, const integers *start, int32_t *sums) {
+static void integer_tile_of(long rows, long deep, const byte *a, long step, const word *b, const integers *start, int32_t *sums) {
     switch (rows) { /* a compiler keeps the sums in registers where it knows their number */
-    case 6: tile(6, deep, a, step, b, start, sums); return;
-    case 5: tile(5, deep, a, step, b, start, sums); return;
-    case 4: tile(4, deep, a, step, b, start, sums); return;
-    case 3: tile(3, deep, a, step, b, start, sums); return;
-    case 2: tile(2, deep, a, step, b, start, sums); return;
-    case 1: tile(1, deep, a, step, b, start, sums);
+    case 6: integer_tile(6, deep, a, step, b, start, sums); return;
+    case 5: integer_tile(5, deep, a, step, b, start, sums); return;
+    case 4: integer_tile(4, deep, a, step, b, start, sums); return;
+    case 3: integer_tile(3, deep, a, step, b, start, sums); return;
+    case 2: integer_tile(2, deep, a, step, b, start, sums); return;
+    case 1: integer_tile(1, deep, a, step, b, start, sums);
     }
 }
 
 /* x[inner][columns], `row` apart and at most PANEL columns, to out[inner/4][PANEL] words; zeros are added. */
-static void pack(const code *x, long row, long inner, long columns, word *out) {
+static void pack_codes(const code *x, long row, long inner, long columns, word *out) {
     for (long k = 0; k < inner; k += 4)
         for (long d = 0; d < PANEL; d += LANES) {
             sixteen lines[4] = {0};
@@ -131,7 +133,7 @@ static void pack(const code *x, long row, long inner, long columns, word *out) {
 }
 
 /* The same of x[columns][inner]. */
-static void pack_turned(const code *x, long row, long inner, long columns, word *out) {
+static void pack_codes_turned(const code *x, long row, long inner, long columns, word *out) {
     for (long d = 0; d < PANEL; d += LANES)
         for (long k = 0; k < inner; k += 4 * LANES) {
             long some = inner - k < 4 * LANES ? inner - k : 4 * LANES;
@@ -160,27 +162,36 @@ static columns_of_panel about(const word *packed, long deep, const float *scale,
     return of;
 }
 
-INLINE void finish(const int32_t *sums, float by, const columns_of_panel *of, long columns, bf16 *to) {
-    for (int j = 0; j < COLUMNS && LANES * j < columns; j++) {
+/* Sums to fp32, in their place. */
+INLINE void rescale(int32_t *sums, float by, const columns_of_panel *of) {
+    for (int j = 0; j < COLUMNS; j++) {
         floats x = __builtin_convertvector(*(const integers *)(sums + LANES * j), floats) * by * of->scale[j];
         /* Rounded after the product too, as torch does; a plain sum becomes one instruction with it. */
         x = (floats)_mm512_add_round_ps((__m512)x, (__m512)of->bias[j], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        store((float *)sums + LANES * j, x);
+    }
+}
+
+INLINE void finish(const float *x, long columns, bf16 *to) {
+    for (long d = 0; d < columns; d += LANES) {
         bf16 end[LANES];
-        narrow(columns - LANES * j < LANES ? end : to + LANES * j, x);
-        if (columns - LANES * j < LANES) memcpy(to + LANES * j, end, sizeof(bf16) * (columns - LANES * j));
+        narrow(columns - d < LANES ? end : to + d, load(x + d));
+        if (columns - d < LANES) memcpy(to + d, end, sizeof(bf16) * (columns - d));
     }
 }
 
 /* out[rows][columns] of the bytes and scales that integer_rows made, and codes[columns][inner] or, not turned, [inner][columns].
+   more[rows][terms] and b[terms][columns], or turned, [columns][terms], have rows that lie apart; `terms` is even, 0 for none.
    `memory` holds integer_panel bytes for each thread. */
-void integer_products(const byte *a, const float *scales, const code *codes, long turned, const float *scale, const bf16 *bias, bf16 *out,
-                      long rows, long inner, long columns, byte *memory, int threads) {
+void integer_products(const byte *a, const float *scales, const code *codes, long turned, const float *scale, const bf16 *bias,
+                      const bf16 *more, long more_row, const bf16 *b, long b_row, long b_turned, long terms, bf16 *out, long rows,
+                      long inner, long columns, byte *memory, int threads) {
     long step = integer_step(inner), deep = up(inner, 4) / 4, panels = up(columns, PANEL) / PANEL;
     long wanted = up(64 * threads, panels) / panels, least = up(rows, wanted) / wanted;
     long high = up(least > LOW ? least : LOW, ROWS), blocks = up(rows, high) / high;
 #pragma omp parallel num_threads(threads)
     {
-        word *packed = (word *)(memory + omp_get_thread_num() * integer_panel(inner));
+        word *packed = (word *)(memory + omp_get_thread_num() * integer_panel(inner)), *pairs = packed + deep * PANEL;
         columns_of_panel of;
         long at = -1;
         /* Ever shorter runs of tasks, so that a thread packs a panel once for many of them and none waits long for another. */
@@ -189,16 +200,20 @@ void integer_products(const byte *a, const float *scales, const code *codes, lon
             long from = task / blocks * PANEL, first = task % blocks * high, end = first + high < rows ? first + high : rows;
             long wide = columns - from < PANEL ? columns - from : PANEL;
             if (from != at) {
-                if (turned) pack_turned(codes + from * inner, inner, inner, wide, packed);
-                else pack(codes + from, columns, inner, wide, packed);
+                if (turned) pack_codes_turned(codes + from * inner, inner, inner, wide, packed);
+                else pack_codes(codes + from, columns, inner, wide, packed);
+                if (b_turned) pack_turned(b + from * b_row, b_row, terms, wide, pairs);
+                else pack(b + from, b_row, terms, wide, pairs);
                 of = about(packed, deep, scale ? scale + from : scale, bias ? bias + from : bias, wide);
                 at = from;
             }
             for (long r = first; r < end; r += ROWS) {
                 int32_t sums[ROWS * PANEL];
                 long some = end - r < ROWS ? end - r : ROWS;
-                tile_of(some, deep, a + r * step, step, packed, of.start, sums);
-                for (long i = 0; i < some; i++) finish(sums + i * PANEL, scales[r + i], &of, wide, out + (r + i) * columns + from);
+                integer_tile_of(some, deep, a + r * step, step, packed, of.start, sums);
+                for (long i = 0; i < some; i++) rescale(sums + i * PANEL, scales[r + i], &of);
+                if (terms) tile_of(some, terms / 2, more + r * more_row, more_row, 2, pairs, (float *)sums, 1);
+                for (long i = 0; i < some; i++) finish((float *)sums + i * PANEL, wide, out + (r + i) * columns + from);
             }
         }
     }

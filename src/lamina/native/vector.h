@@ -88,15 +88,3 @@ INLINE floats dot2(floats c, words a, words b) {
     return c + (floats)(a << 16) * (floats)(b << 16) + (floats)(a & 0xffff0000u) * (floats)(b & 0xffff0000u);
 #endif
 }
-
-INLINE void transpose(words x[LANES]) {
-    for (int round = 0; round < 4; round++) { /* each interleaves the first half with the second */
-        words y[LANES];
-        for (int i = 0; i < LANES / 2; i++) {
-            words a = x[i], b = x[i + LANES / 2];
-            y[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            y[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        }
-        for (int i = 0; i < LANES; i++) x[i] = y[i];
-    }
-}

@@ -122,30 +122,32 @@ class Int8(nn.Module):
         self, x: Float[Tensor, "N D"], bias: Float[Tensor, " out"] | None = None, *beside: Product
     ) -> Float[Tensor, "N out"]:
         """Computes x·Wᵀ + b in x's dtype. A row with NaN or infinity in it comes out non-finite throughout."""
-        return added(self._product(x, self.codes.t(), after=self.scale, bias=bias), *beside)
+        return self._product(x, self.codes.t(), *beside, after=self.scale, bias=bias)
 
     def multiply_back(self, grad: Float[Tensor, "N out"], *beside: Product) -> Float[Tensor, "N D"]:
         """Computes grad·W in grad's dtype, as the gradient of ``multiply`` in x would be without x's quantisation."""
-        return added(self._product(grad, self.codes, before=self.scale), *beside)
+        return self._product(grad, self.codes, *beside, before=self.scale)
 
     @torch.no_grad()
     def _product(
         self,
         x: Tensor,
         codes: Tensor,
-        *,
+        *beside: Product,
         before: Tensor | None = None,
         after: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """(x·before, quantised)·codes·after + bias; ``before`` and ``after`` are factors of columns."""
+        """(x·before, quantised)·codes·after + bias + ``beside``; ``before`` and ``after`` are factors of columns."""
         inputs, outputs = codes.shape
         out = x.new_empty(len(x), outputs)
         if _by_kernel(x, outputs, bias):
-            for given, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
-                memory = self.scratch(working_memory(len(given), inputs, outputs, kernel=True), torch.uint8, x.device)
-                _multiply(given, codes, before, after, bias, result, memory)
-            return out
+            inside = beside if len(beside) == 1 and _is_narrow(*beside[0]) else ()
+            for first in range(0, len(x), ROWS):
+                part = slice(first, first + ROWS)
+                memory = self.scratch(working_memory(len(x[part]), inputs, outputs, kernel=True), torch.uint8, x.device)
+                _multiply(x[part], codes, before, after, bias, [(a[part], b) for a, b in inside], out[part], memory)
+            return out if inside else added(out, *beside)
         for given, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
             wide, sums, narrow = self._workspace(len(given), inputs, outputs, x.device)
             scale = quantise_rows(given, before, wide[: given.numel()].view(given.shape), narrow)
@@ -156,7 +158,7 @@ class Int8(nn.Module):
             if bias is not None:
                 rescaled.add_(bias)
             result.copy_(rescaled)
-        return out
+        return added(out, *beside)
 
     def _workspace(self, rows: int, inputs: int, outputs: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Cuts scratch memory into flat fp32 for either side of a product, its sums in int32, and its operand in int8."""
@@ -198,23 +200,39 @@ def _parts(rows: int, inputs: int, outputs: int, kernel: bool) -> list[int]:
     return [4 * rows * max(inputs, outputs), 4 * rows * outputs, rows * inputs]
 
 
+def _is_narrow(a: Tensor, b: Tensor) -> bool:
+    """Whether the kernel adds a·b itself: pairs along the sum are read as one word."""
+    terms = a.shape[1]
+    return a.stride(1) == 1 and 1 in b.stride() and terms % 2 == 0 and terms <= native.ask("integer_narrow")
+
+
 def _multiply(
     x: Tensor,
     codes: Tensor,
     before: Tensor | None,
     after: Tensor | None,
     bias: Tensor | None,
+    beside: list[Product],
     out: Tensor,
     memory: Tensor,
 ) -> None:
-    """Writes (x·before, quantised)·codes·after + bias by the kernels."""
+    """Writes (x·before, quantised)·codes·after + bias + ``beside``, one narrow product at most, by the kernels."""
     inputs, outputs = codes.shape
     turned = not codes.is_contiguous()
-    narrow, panels, scale = memory.split(_parts(len(x), inputs, outputs, kernel=True))
-    rows, address = (len(x), inputs), ctypes.c_void_p(x.data_ptr())
-    native.call("integer_rows", address, x.stride(0), before, *rows, SMALLEST, narrow, scale)
-    weight = codes.t() if turned else codes
-    native.call("integer_products", narrow, scale, weight, turned, after, bias, out, *rows, outputs, panels)
+    quantised, panels, scale = memory.split(_parts(len(x), inputs, outputs, kernel=True))
+    native.call("integer_rows", _at(x), x.stride(0), before, len(x), inputs, SMALLEST, quantised, scale)
+    weight = codes.t() if turned else codes, turned
+    more: list[native.Argument] = [None, 0, None, 0, 0, 0]
+    for a, b in beside:
+        columns = b.stride(1) != 1  # lie one after the other
+        more = [_at(a), a.stride(0), _at(b), b.stride(1) if columns else b.stride(0), columns, a.shape[1]]
+    sizes = len(x), inputs, outputs
+    native.call("integer_products", quantised, scale, *weight, after, bias, *more, out, *sizes, panels)
+
+
+def _at(x: Tensor) -> ctypes.c_void_p:
+    """Where the rows of x lie, which may be apart."""
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def quantise_rows(

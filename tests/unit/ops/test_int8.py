@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from low_precision import FP32, int8_rows, made, operands
+from low_precision import FP32, UNIT, emulated, int8_rows, made, operands
 from models import error
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from lamina.ops.int8 import (
     quantise_rows,
     working_memory,
 )
+from lamina.ops.products import added
 
 SHAPES = [(1, 8, 8), (1, 1, 1), (5, 7, 3), (33, 65, 17), (64, 128, 96)]  # rows, inputs, outputs
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -340,15 +341,46 @@ def test_kernels_do_not_saturate(inputs: int, calls: list[str]) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("terms", [2, 6, 64, 256])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_narrow_product_is_added_before_the_one_rounding(terms: int, turned: bool, calls: list[str]) -> None:
+    """To what is known in fp32: one rounding to bf16, and one to fp32 for every term of a sum."""
+    for rows, inputs, outputs in ((32, 7, 32), (ROWS + 5, 40, 90), (61, 130, 64)):
+        x, weight, bias, grad = sample(rows, inputs, outputs, torch.bfloat16)
+        form = made(Int8, weight)
+        wide = torch.randn(rows, terms + 3).bfloat16()
+        for back in (False, True) if inputs >= 32 else (False,):
+            a, b = wide[:, 1 : 1 + terms], torch.randn(terms, inputs if back else outputs).bfloat16()
+            beside = a, b.t().contiguous().t() if turned else b
+            got = form.multiply_back(grad, beside) if back else form.multiply(x, bias, beside)
+            base, sizes = emulated(form, grad, back=True) if back else emulated(form, x, bias=bias)
+            exact, sizes = base + a.double() @ b.double(), sizes + a.double().abs() @ b.double().abs()
+            bound = UNIT[torch.bfloat16] * exact.abs() + (terms + 6) * FP32 * (sizes + bias.abs().max().double())
+            assert ((got.double() - exact).abs() <= bound).all(), (rows, back)
+    assert "products" not in calls
+
+
+@needs_kernels
+def test_other_products_are_added_as_everywhere() -> None:
+    x, weight, bias, _ = sample(64, 40, 32, torch.bfloat16)
+    form = made(Int8, weight)
+    pairs = [(torch.randn(64, terms).bfloat16(), torch.randn(terms, 32).bfloat16()) for terms in (3, 8, 258)]
+    for beside in ([pairs[0]], [pairs[2]], pairs[1:]):
+        assert torch.equal(form.multiply(x, bias, *beside), added(form.multiply(x, bias), *beside))
+
+
+@needs_kernels
 def test_a_row_is_the_same_among_any_others_and_on_any_threads() -> None:
     x, weight, bias, grad = sample(500, 96, 200, torch.bfloat16)
     form, before, results = made(Int8, weight), torch.get_num_threads(), []
+    narrow, a, b = torch.randn(500, 8).bfloat16(), torch.randn(8, 96).bfloat16(), torch.randn(8, 200).bfloat16()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append((form.multiply(x, bias), form.multiply_back(grad)))
-            assert torch.equal(form.multiply(x[100:171], bias), results[-1][0][100:171])
-            assert torch.equal(form.multiply_back(grad[100:171]), results[-1][1][100:171])
+            results.append((form.multiply(x, bias, (narrow, b)), form.multiply_back(grad, (narrow, a))))
+            some = slice(100, 171)
+            assert torch.equal(form.multiply(x[some], bias, (narrow[some], b)), results[-1][0][some])
+            assert torch.equal(form.multiply_back(grad[some], (narrow[some], a)), results[-1][1][some])
     finally:
         torch.set_num_threads(before)
     for out, back in results:
@@ -361,6 +393,7 @@ def test_kernels_stay_within_the_memory_that_is_announced(threads: int, monkeypa
     """With more threads than tasks too. Results are checked by what lies behind them."""
     x, weight, bias, grad = sample(70, 45, 90, torch.bfloat16)
     form, before, asked = made(Int8, weight), torch.get_num_threads(), []
+    narrow, a, b = torch.zeros(70, 256).bfloat16(), torch.randn(256, 45).bfloat16(), torch.randn(256, 90).bfloat16()
     expected = same_order(form, x, bias=bias), same_order(form, grad, back=True)
 
     def scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -376,7 +409,7 @@ def test_kernels_stay_within_the_memory_that_is_announced(threads: int, monkeypa
         form.scratch = scratch
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "new_empty", padded)
-            got = form.multiply(x, bias), form.multiply_back(grad)
+            got = form.multiply(x, bias, (narrow, b)), form.multiply_back(grad, (narrow, a))
         sizes = [working_memory(70, 45, 90, kernel=True), working_memory(70, 90, 45, kernel=True)]
     finally:
         torch.set_num_threads(before)
