@@ -1,8 +1,9 @@
-"""Kernels in C for what a training step does beside its matrix products, in bfloat16 on a CPU.
+"""Kernels in C for what a training step does beside its matrix products, and for some of these, in bfloat16 on a CPU.
 
 torch composes a norm, a gate or a rotation of simpler operations, each a pass over the whole tensor, and its attention computes in
 fp32 what bf16 instructions do at twice the rate; together that was a third of a step (docs/log.md). ``attention.c`` and ``rows.c``
-make one pass of each, and ``memory.cpp`` keeps what torch frees for what it allocates next. The system's compiler makes libraries
+make one pass of each; ``products.c`` and ``integers.c`` take the products themselves where oneDNN is slower, in bf16 and over a weight in
+int8; and ``memory.cpp`` keeps what torch frees for what it allocates next. The system's compiler makes libraries
 of them for the very processor, once, in some seconds; they stay in the user's cache. Where that cannot be done, everything is
 computed by torch, as it is in every other precision and on every other device: the callers in ``ops`` ask with ``takes``, and
 their plain forms are what the kernels are tested against.

@@ -6,9 +6,8 @@
 
    As in products.c a thread packs PANEL columns and lets ROWS rows at a time run over them; here four terms of a sum are a word. The
    arithmetic behind the sums is that of ops/int8.py, operation by operation. */
-#include "panels.h"
-
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(__AMX_INT8__)
+#include "panels.h"
 #include <immintrin.h>
 #include <omp.h>
 
@@ -202,8 +201,8 @@ void integer_products(const byte *a, const float *scales, const code *codes, lon
             if (from != at) {
                 if (turned) pack_codes_turned(codes + from * inner, inner, inner, wide, packed);
                 else pack_codes(codes + from, columns, inner, wide, packed);
-                if (b_turned) pack_turned(b + from * b_row, b_row, terms, wide, pairs);
-                else pack(b + from, b_row, terms, wide, pairs);
+                if (terms && b_turned) pack_turned(b + from * b_row, b_row, terms, wide, pairs);
+                else if (terms) pack(b + from, b_row, terms, wide, pairs);
                 of = about(packed, deep, scale ? scale + from : scale, bias ? bias + from : bias, wide);
                 at = from;
             }
