@@ -202,8 +202,8 @@ def _parts(rows: int, inputs: int, outputs: int, kernel: bool) -> list[int]:
 
 def _is_narrow(a: Tensor, b: Tensor) -> bool:
     """Whether the kernel adds a·b itself: pairs along the sum are read as one word."""
-    terms = a.shape[1]
-    return a.stride(1) == 1 and 1 in b.stride() and terms % 2 == 0 and terms <= native.ask("integer_narrow")
+    terms, halves = a.shape[1], a.dtype == b.dtype == torch.bfloat16
+    return halves and a.stride(1) == 1 and 1 in b.stride() and terms % 2 == 0 and terms <= native.ask("integer_narrow")
 
 
 def _multiply(
