@@ -33,7 +33,7 @@ GEMMS = {
     "aten::mkldnn_linear",
     "aten::_int_mm",
 }
-GEMMS |= {"lamina::products"}  # where Lamina's own kernel is told to the profiler
+GEMMS |= {"lamina::products", "lamina::integer_products"}  # where Lamina's own kernels are told to the profiler
 GEMMS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}  # litgpt multiplies by B as a convolution
 Row = dict[str, list[int]]
 

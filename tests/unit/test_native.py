@@ -81,7 +81,9 @@ EMULATED = """
 import ctypes, sys
 import torch
 from lamina import native
+from lamina.ops import int8
 from lamina.ops.attention import attend_causally, attend_plainly
+from lamina.ops.frozen import SharedBuffer
 from lamina.ops.loss import cross_entropy_sum
 
 made = ctypes.CDLL(sys.argv[1])
@@ -98,6 +100,18 @@ hidden, vocabulary = torch.randn(8, 16).bfloat16().requires_grad_(), torch.randn
 total, _ = cross_entropy_sum(hidden, vocabulary, torch.arange(8))
 expected = torch.nn.functional.cross_entropy(hidden.float() @ vocabulary.float().t(), torch.arange(8), reduction="sum")
 torch.testing.assert_close(total, expected, rtol=0.01, atol=0.01)
+form = int8.Int8(70, 50, torch.bfloat16, scratch=SharedBuffer())
+form.store(torch.randn(70, 50))
+x, bias = torch.randn(101, 50).bfloat16(), torch.randn(70).bfloat16()
+a, b = torch.randn(50, 8).bfloat16().t(), torch.randn(8, 70).bfloat16()
+outcomes = []
+for here in (int8._here, lambda: False):
+    int8._here = here
+    out = form.multiply(x, bias)
+    narrow = x[:, :8]
+    outcomes.append((out, form.multiply_back(out), form.multiply(x, bias, (narrow, b)), form.multiply_back(out, (narrow, a))))
+for one, other, rtol in zip(*outcomes, (0, 0, 0.02, 0.02)):
+    torch.testing.assert_close(one, other, rtol=rtol, atol=8 * rtol)
 print("as torch")
 """
 

@@ -18,8 +18,6 @@ enum { ROWS = 6, COLUMNS = 4 }; /* of a tile of a product: 24 of 32 registers */
 enum { ROWS = 2, COLUMNS = 2 };
 #endif
 
-static long up(long n, long to) { return (n + to - 1) / to * to; }
-
 /* Numbers from one row of scores to the next: an odd multiple of a cache line, so that a column is not all in one set. */
 static long pitch(long tokens) { return up(tokens, LANES) / LANES % 2 ? up(tokens, LANES) : up(tokens, LANES) + LANES; }
 

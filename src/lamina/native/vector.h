@@ -18,7 +18,16 @@ typedef int32_t integers __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
 
 #define LANES 16
+
+/* The numbers of a and then of b at these places. */
+#ifdef __clang__
+#define SHUFFLED(type, a, b, ...) ((type)__builtin_shufflevector(a, b, __VA_ARGS__))
+#else /* GCC has that one from 12 on only */
+#define SHUFFLED(type, a, b, ...) ((type)__builtin_shuffle(a, b, (type){__VA_ARGS__}))
+#endif
 #define INLINE static inline __attribute__((always_inline))
+
+INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
 
 INLINE floats load(const float *from) { return *(const floats *)from; }
 INLINE void store(float *to, floats x) { *(floats *)to = x; }

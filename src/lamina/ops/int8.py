@@ -12,20 +12,29 @@ multiplication per element, and one stored weight serves both directions; the us
 with scales per input channel. The sums are exact in int32. Every scale, the bias, and the products with them are fp32,
 rounded once to the dtype of x.
 
+In bf16 on a CPU kernels of our own (``native/integers.c``) quantise the rows in one pass, and multiply and rescale in another, where
+they are faster than oneDNN; torch's operations are what they are tested against. The bits are the same but for numbers that are
+subnormal in bf16, which become zero, as in all kernels.
+
 Rejected: slices of rows that stay in cache (what they save in traffic goes into smaller GEMMs and more operators), and
 ``torch.aminmax`` and ``vector_norm`` for the largest number of a row (several times slower than ``amax`` beside ``amin``).
 """
 
+import ctypes
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamina import native
 from lamina.errors import ModelError
 from lamina.ops.frozen import Scratch
 from lamina.ops.products import Product, added
 from lamina.ops.shapes import Float, Int
+
+FEW = 32
+"""Rows or outputs below which a product is left to torch."""
 
 LARGEST = 127
 WIDEST = (2**31 - 1) // LARGEST**2
@@ -116,25 +125,32 @@ class Int8(nn.Module):
         self, x: Float[Tensor, "N D"], bias: Float[Tensor, " out"] | None = None, *beside: Product
     ) -> Float[Tensor, "N out"]:
         """Computes x·Wᵀ + b in x's dtype. A row with NaN or infinity in it comes out non-finite throughout."""
-        return added(self._product(x, self.codes.t(), after=self.scale, bias=bias), *beside)
+        return self._product(x, self.codes.t(), *beside, after=self.scale, bias=bias)
 
     def multiply_back(self, grad: Float[Tensor, "N out"], *beside: Product) -> Float[Tensor, "N D"]:
         """Computes grad·W in grad's dtype, as the gradient of ``multiply`` in x would be without x's quantisation."""
-        return added(self._product(grad, self.codes, before=self.scale), *beside)
+        return self._product(grad, self.codes, *beside, before=self.scale)
 
     @torch.no_grad()
     def _product(
         self,
         x: Tensor,
         codes: Tensor,
-        *,
+        *beside: Product,
         before: Tensor | None = None,
         after: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """(x·before, quantised)·codes·after + bias; ``before`` and ``after`` are factors of columns."""
+        """(x·before, quantised)·codes·after + bias + ``beside``; ``before`` and ``after`` are factors of columns."""
         inputs, outputs = codes.shape
         out = x.new_empty(len(x), outputs)
+        if _by_kernel(x, outputs, bias):
+            inside = beside if len(beside) == 1 and _is_narrow(*beside[0]) else ()
+            for first in range(0, len(x), ROWS):
+                part = slice(first, first + ROWS)
+                memory = self.scratch(working_memory(len(x[part]), inputs, outputs, kernel=True), torch.uint8, x.device)
+                _multiply(x[part], codes, before, after, bias, [(a[part], b) for a, b in inside], out[part], memory)
+            return out if inside else added(out, *beside)
         for given, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
             wide, sums, narrow = self._workspace(len(given), inputs, outputs, x.device)
             scale = quantise_rows(given, before, wide[: given.numel()].view(given.shape), narrow)
@@ -145,17 +161,81 @@ class Int8(nn.Module):
             if bias is not None:
                 rescaled.add_(bias)
             result.copy_(rescaled)
-        return out
+        return added(out, *beside)
 
     def _workspace(self, rows: int, inputs: int, outputs: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Cuts scratch memory into flat fp32 for either side of a product, its sums in int32, and its operand in int8."""
-        sizes = [4 * rows * max(inputs, outputs), 4 * rows * outputs, rows * inputs]
+        sizes = _parts(rows, inputs, outputs, kernel=False)
         wide, sums, narrow = self.scratch(sum(sizes), torch.uint8, device).split(sizes)
         return (
             wide.view(torch.float32),
             sums.view(torch.int32).view(rows, outputs),
             narrow.view(torch.int8).view(rows, inputs),
         )
+
+
+def faster(rows: int, outputs: int, device: str, dtype: torch.dtype) -> bool:
+    """Whether a product with a result of this size goes to the kernels."""
+    return min(rows, outputs) >= FEW and native.available(device, dtype) and _here()
+
+
+@cache
+def _here() -> bool:
+    return bool(native.ask("integers_here"))
+
+
+def _by_kernel(x: Tensor, outputs: int, bias: Tensor | None) -> bool:
+    """Whether the kernels take these, and are worth it."""
+    readable = x.stride(1) == 1 and (bias is None or bias.dtype == x.dtype)
+    return readable and faster(len(x), outputs, x.device.type, x.dtype)
+
+
+def working_memory(rows: int, inputs: int, outputs: int, kernel: bool) -> int:
+    """Bytes of scratch memory that the product of so many rows, ``ROWS`` at most, takes."""
+    return sum(_parts(rows, inputs, outputs, kernel))
+
+
+def _parts(rows: int, inputs: int, outputs: int, kernel: bool) -> list[int]:
+    """Bytes of fp32 for either side of a product, sums and operand; for the kernels of operand, packed columns and scales."""
+    if kernel:
+        panels = torch.get_num_threads() * native.ask("integer_panel", inputs)
+        return [rows * native.ask("integer_step", inputs), panels, 4 * rows]
+    return [4 * rows * max(inputs, outputs), 4 * rows * outputs, rows * inputs]
+
+
+def _is_narrow(a: Tensor, b: Tensor) -> bool:
+    """Whether the kernel adds a·b itself: pairs along the sum are read as one word."""
+    terms, halves = a.shape[1], a.dtype == b.dtype == torch.bfloat16
+    return halves and a.stride(1) == 1 and 1 in b.stride() and terms % 2 == 0 and terms <= native.ask("integer_narrow")
+
+
+def _multiply(
+    x: Tensor,
+    codes: Tensor,
+    before: Tensor | None,
+    after: Tensor | None,
+    bias: Tensor | None,
+    beside: list[Product],
+    out: Tensor,
+    memory: Tensor,
+) -> None:
+    """Writes (x·before, quantised)·codes·after + bias + ``beside``, one narrow product at most, by the kernels."""
+    inputs, outputs = codes.shape
+    turned = not codes.is_contiguous()
+    quantised, panels, scale = memory.split(_parts(len(x), inputs, outputs, kernel=True))
+    native.call("integer_rows", _at(x), x.stride(0), before, len(x), inputs, SMALLEST, quantised, scale)
+    weight = codes.t() if turned else codes, turned
+    more: list[native.Argument] = [None, 0, None, 0, 0, 0]
+    for a, b in beside:
+        columns = b.stride(1) != 1  # lie one after the other
+        more = [_at(a), a.stride(0), _at(b), b.stride(1) if columns else b.stride(0), columns, a.shape[1]]
+    sizes = len(x), inputs, outputs
+    native.call("integer_products", quantised, scale, *weight, after, bias, *more, out, *sizes, panels)
+
+
+def _at(x: Tensor) -> ctypes.c_void_p:
+    """Where the rows of x lie, which may be apart."""
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def quantise_rows(

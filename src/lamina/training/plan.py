@@ -14,7 +14,7 @@ from lamina.adapter import LoRA, choose
 from lamina.model.architecture import Architecture
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import form_bytes
-from lamina.ops.int8 import ROWS as INT8_ROWS
+from lamina.ops import int8
 from lamina.ops.loss import SLICE
 from lamina.training.kept import (
     FLOAT,
@@ -154,12 +154,17 @@ def _frozen(setup: Setup, outputs: int, inputs: int) -> int:
 
 
 def _buffer(setup: Setup, tokens: int) -> int:
-    """The buffer that all frozen matrices share: the largest of them as numbers, or in int8 what a product works in."""
+    """The buffer that all frozen matrices share: the largest of them as numbers, or in int8 what a product works in.
+
+    Few rows of the last layer, which in int8 the kernels leave to torch, work in less than a dense matrix.
+    """
     matrices = shapes(setup.architecture).values()
     dense = max(outputs * inputs for outputs, inputs in matrices) * setup.itemsize
-    rows = min(tokens, INT8_ROWS)
+    rows, dtype = min(tokens, int8.ROWS), torch.float32 if setup.itemsize == FLOAT else torch.bfloat16
     working = max(
-        rows * (FLOAT * (max(matrix) + one) + other) for matrix in matrices for one, other in (matrix, matrix[::-1])
+        int8.working_memory(rows, one, other, int8.faster(tokens, other, setup.device, dtype))
+        for matrix in matrices
+        for one, other in (matrix, matrix[::-1])
     )
     return max(dense, working if setup.base == "int8" else 0) if setup.base else 0
 
