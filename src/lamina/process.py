@@ -24,7 +24,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-PRIMITIVES = 32
+PRIMITIVES = 28
 """Compiled matrix products that are kept."""
 _ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
