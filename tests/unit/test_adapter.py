@@ -233,3 +233,17 @@ def test_a_second_adapter_is_refused() -> None:
         attach(model, LoRA(rank=4, targets=("v_proj",)))
     detach(model)
     attach(model, LoRA(rank=4, targets=("v_proj",)))
+
+
+def test_with_dropout_siblings_read_an_input_each() -> None:
+    modules = attach(tiny(), LoRA(rank=4, dropout=0.5))
+    linears = [modules[f"model.layers.0.self_attn.{name}_proj"].train() for name in "qk"]
+    for module in linears:
+        nn.init.normal_(module.b)
+    x = torch.randn(20, linears[0].base.in_features)
+    torch.manual_seed(0)
+    each = [linear(x) for linear in linears]
+    torch.manual_seed(0)
+    together = AdaptedLinear.together(x, linears)
+    assert all(torch.equal(one, other) for one, other in zip(together, each, strict=True))
+    assert not torch.equal(each[0], linears[0].eval()(x)), "nothing was dropped"

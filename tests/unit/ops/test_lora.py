@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from low_precision import made
 from models import error
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamina.ops.frozen import Dense
+from lamina.ops.fourbit import FourBit
+from lamina.ops.fp8 import Fp8
+from lamina.ops.frozen import Dense, Frozen, SharedBuffer, multiply_back
+from lamina.ops.int8 import Int8
 from lamina.ops.lora import Adapted, adapted_linear, adapted_linears, plain
 
 SCALE = 1.7  # no power of two, so that a scale in the wrong place would show in the bits
@@ -144,3 +148,28 @@ def test_an_output_that_nobody_uses_has_no_part_in_the_gradients() -> None:
         linear.a.requires_grad_(), linear.b.requires_grad_()
     adapted_linears(x, x, SCALE, *linears)[1].sum().backward()
     assert [bool(linear.a.grad is not None and linear.a.grad.any()) for linear in linears] == [False, True, False]
+
+
+def of_every_form(rows: int, inputs: int) -> list[Frozen]:
+    """A weight [rows, inputs] as it is, and stored in each other form."""
+    weight = torch.randn(rows, inputs)
+    fourbit = FourBit(rows, inputs, torch.float32, kind="nf4", double=True, scratch=SharedBuffer())
+    fourbit.store(weight)
+    return [Dense(weight), fourbit, made(Int8, weight), made(Fp8, weight)]
+
+
+def test_every_form_adds_the_products_beside_it() -> None:
+    torch.manual_seed(0)
+    x, grad, narrow, a, b = (torch.randn(size) for size in ((9, 64), (9, 32), (9, 4), (4, 64), (4, 32)))
+    for form in of_every_form(32, 64):
+        alone, back = form.multiply(x, None).clone(), form.multiply_back(grad).clone()
+        torch.testing.assert_close(form.multiply(x, None, (narrow, b)), alone + narrow @ b)
+        torch.testing.assert_close(form.multiply_back(grad, (narrow, a)), back + narrow @ a)
+
+
+def test_siblings_in_every_form_pass_on_the_sum_of_their_gradients() -> None:
+    torch.manual_seed(0)
+    grads = torch.randn(2, 9, 32)
+    for first, second in zip(of_every_form(32, 64), of_every_form(32, 64), strict=True):
+        expected = first.multiply_back(grads[0]).clone() + second.multiply_back(grads[1])
+        torch.testing.assert_close(multiply_back([first, second], list(grads)), expected)
