@@ -1,13 +1,17 @@
 """What every test may use: the real data when it is at hand, and runs and pages without what a test does not look at."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 from checked import check_annotations
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 check_annotations()
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

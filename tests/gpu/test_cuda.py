@@ -1,13 +1,20 @@
 """The same numbers on a GPU: fp32 within rounding of the CPU's, and the whole road on the device."""
 
+import numpy as np
 import pytest
 import torch
 from models import places, tiny
+from torch import Tensor
 
-from lamina.adapter import LoRA, adapted, attach
+from lamina import cuda
+from lamina.adapter import AdaptedLinear, LoRA, adapted, attach
+from lamina.data.pack import pack
+from lamina.data.render import Rendered
 from lamina.generation import Sampling, generate
 from lamina.ops.attention import Packed
+from lamina.ops.lora import plain
 from lamina.ops.loss import cross_entropy_sum
+from lamina.training.loop import Training, backward
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,11 +55,35 @@ def test_fp32_equals_the_cpu() -> None:
     assert distance(found, expected) < 1e-5
 
 
-def test_bf16_is_no_worse_than_on_the_cpu() -> None:
+def test_bf16_is_no_worse_than_torchs_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain path: the formula of the adapter in autograd's own graph, and none of our kernels."""
     _, truth = gradients("cpu", torch.float32)
-    _, cpu = gradients("cpu", torch.bfloat16)
-    _, cuda = gradients("cuda", torch.bfloat16)
-    assert distance(cuda, truth) <= 1.2 * distance(cpu, truth)
+    _, ours = gradients("cuda", torch.bfloat16)
+    monkeypatch.setattr(cuda, "available", lambda device, dtype: False)
+    monkeypatch.setattr(AdaptedLinear, "forward", by_autograd)
+    monkeypatch.setattr(AdaptedLinear, "together", lambda x, linears: [linear(x) for linear in linears])
+    _, usual = gradients("cuda", torch.bfloat16)
+    assert distance(ours, truth) <= 1.2 * distance(usual, truth)
+
+
+def by_autograd(module: AdaptedLinear, x: Tensor) -> Tensor:
+    a, b = module.a.to(x.dtype), module.b.to(x.dtype)
+    return plain(x, x, module.base.weight, module.base.bias, a, b, module.scale)
+
+
+def test_a_step_waits_for_the_device_once() -> None:
+    """Between the batch's way to the device and its loss nothing asks the device for a number."""
+    model = tiny("llama-grouped").bfloat16()
+    attach(model, LoRA(rank=4))
+    model.cuda()
+    examples = [Rendered(np.arange(3, 40, dtype=np.int32), np.arange(37) > n, n) for n in (1, 5, 20)]
+    (batch,) = pack(examples, 200)
+    backward(model, batch, Training())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        backward(model, batch, Training())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_greedy_text_equals_the_cpu() -> None:

@@ -172,7 +172,7 @@ class Decoder(nn.Module):
 
 def angles(rope: Rope, head_width: int, position: Int[Tensor, " N"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each [N, h/2], of position · frequency, computed in fp32 and rounded to ``dtype``."""
-    phase = position[:, None].float() * frequencies(rope, head_width).to(position.device)
+    phase = position[:, None].float() * frequencies(rope, head_width).to(position.device, non_blocking=True)
     return phase.cos().to(dtype), phase.sin().to(dtype)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamina import cuda
 from lamina.ops.frozen import Scratch
 from lamina.ops.int8 import SMALLEST, STORED
 from lamina.ops.products import Product, added
@@ -96,18 +97,31 @@ class Fp8(nn.Module):
     @torch.no_grad()
     def multiply_back(self, grad: Float[Tensor, "N out"], *beside: Product) -> Float[Tensor, "N D"]:
         """Computes grad·W in grad's dtype, as the gradient of ``multiply`` in x would be without x's quantisation."""
-        codes, scale = quantise_rows(grad.float() * self.scale)
+        codes, scale = quantise_rows(grad, self.scale)
         columns = self.scratch(self.bits.numel(), torch.uint8, grad.device).view(self.inputs, self.outputs)
-        weight = columns.copy_(self.bits.t()).view(E4M3).t()
+        if cuda.takes(grad):
+            from lamina.cuda import eights
+
+            eights.transpose(self.bits, columns)
+        else:
+            columns.copy_(self.bits.t())
+        weight = columns.view(E4M3).t()
         return added(scaled_product(codes, scale, weight, scale.new_ones(1, self.inputs), None, grad.dtype), *beside)
 
 
-def quantise_rows(x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N 1"]]:
-    """x in e4m3, and the scale of each row, max|row|/448.
+def quantise_rows(
+    x: Float[Tensor, "N D"], factors: Float[Tensor, " D"] | None = None
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N 1"]]:
+    """x, or x·factors, in e4m3, and the scale of each row, max|row|/448.
 
     A row of zeros becomes zeros. e4m3 has no infinity, but the scale of a row with one is infinite, and that of a row with
     NaN is NaN, and with it all that the row is multiplied into.
     """
+    if cuda.takes(x):
+        from lamina.cuda import eights
+
+        return eights.quantise_rows(x.contiguous(), factors, SMALLEST, LARGEST)
+    x = x if factors is None else x.float() * factors
     largest = x.abs().amax(1, keepdim=True).float().clamp_min_(SMALLEST)
     codes = (x.float() * (LARGEST / largest)).clamp_(-LARGEST, LARGEST).to(E4M3)  # rounding may pass 448, and then NaN
     return codes, largest.div_(LARGEST)
@@ -148,8 +162,8 @@ def native_product(
 
 
 def whole_tiles(x: Tensor) -> Tensor:
-    """x with rows of zeros below, up to a multiple of 16."""
-    return F.pad(x, (0, 0, 0, -len(x) % 16))
+    """x with rows of zeros below, up to a multiple of 16; x itself, where it has that many."""
+    return x if len(x) % 16 == 0 else F.pad(x, (0, 0, 0, -len(x) % 16))
 
 
 def emulated_product(

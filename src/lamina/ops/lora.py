@@ -79,17 +79,29 @@ def adapted_linears(
 def _products(
     x: Tensor, dropped: Tensor, scale: float, linears: Sequence[Adapted]
 ) -> tuple[tuple[Tensor, ...], Tensor, list[Tensor]]:
-    """The projections [N, out], the adapters' inner products s·x·Aᵀ [N, ΣR], and each A and B in x's dtype."""
-    exact = x.dtype == torch.float32  # each product and sum is rounded by itself, as PEFT does
-    factors = [factor.to(x.dtype) for linear in linears for factor in (linear.a, linear.b)]
-    narrow, outs = x.new_empty(len(x), sum(map(len, factors[::2]))), []
-    for linear, a, b, inner in zip(linears, factors[::2], factors[1::2], _split(narrow, linears), strict=True):
-        product((dropped, a.t()), scale=1.0 if exact else scale, out=inner)
-        if exact:
+    """The projections [N, out], the adapters' inner products s·x·Aᵀ [N, ΣR], all A [ΣR, D] and each B in x's dtype."""
+    all_a, each_b = _stacked([linear.a for linear in linears], x.dtype), [linear.b.to(x.dtype) for linear in linears]
+    narrow, outs = x.new_empty(len(x), len(all_a)), []
+    parts = zip(linears, _split(all_a, linears, 0), each_b, _split(narrow, linears), strict=True)
+    if x.dtype == torch.float32:  # each product and sum is rounded by itself, as PEFT does
+        for linear, a, b, inner in parts:
+            product((dropped, a.t()), out=inner)
             outs.append(linear.weight.multiply(x, linear.bias).add_(F.linear(inner, b).mul_(scale)))
-        else:
-            outs.append(linear.weight.multiply(x, linear.bias, (inner, b.t())))
-    return tuple(outs), narrow.mul_(scale) if exact else narrow, factors
+        narrow.mul_(scale)
+    else:
+        product((dropped, all_a.t()), scale=scale, out=narrow)
+        outs = [linear.weight.multiply(x, linear.bias, (inner, b.t())) for linear, _, b, inner in parts]
+    return tuple(outs), narrow, [all_a, *each_b]
+
+
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The rows of all matrices, one below the other; a matrix that stands alone and has the dtype is not copied."""
+    if len(matrices) == 1:
+        return matrices[0].to(dtype)
+    stacked = matrices[0].new_empty(sum(map(len, matrices)), matrices[0].shape[1], dtype=dtype)
+    for part, matrix in zip(stacked.split([len(matrix) for matrix in matrices]), matrices, strict=True):
+        part.copy_(matrix)
+    return stacked
 
 
 def _split(narrow: Tensor, linears: Sequence[Adapted], dim: int = 1) -> tuple[Tensor, ...]:
@@ -109,8 +121,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, narrow, *factors = ctx.saved_tensors
-        master, each_a, each_b = ctx.linears[0].a.dtype, factors[::2], factors[1::2]
+        dropped, narrow, all_a, *each_b = ctx.saved_tensors
+        master = ctx.linears[0].a.dtype
         narrow_grad = torch.empty_like(narrow)
         inner_grads = _split(narrow_grad, ctx.linears)
         for grad, b, inner_grad in zip(grads, each_b, inner_grads, strict=True):
@@ -119,11 +131,11 @@ class _AdaptedLinear(torch.autograd.Function):
         inners = zip(grads, _split(narrow, ctx.linears), strict=True)
         b_grads = [product((grad.t(), inner), dtype=master) for grad, inner in inners]
         x_grad = dropped_grad = None
-        to_input = list(zip(inner_grads, each_a, strict=True))
+        to_input = (narrow_grad, all_a)
         if ctx.needs_input_grad[0]:
             weights = [linear.weight for linear in ctx.linears]
-            x_grad = multiply_back(weights, grads, *(to_input if ctx.same else []))
+            x_grad = multiply_back(weights, grads, *([to_input] if ctx.same else []))
         if not ctx.same and ctx.needs_input_grad[1]:
-            dropped_grad = product(*to_input)
+            dropped_grad = product(to_input)
         of_masters = (grad for both in zip(a_grads, b_grads, strict=True) for grad in both)
         return x_grad, dropped_grad, None, None, *of_masters

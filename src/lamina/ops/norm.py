@@ -3,7 +3,7 @@
 On a CPU torch composes it of simpler operations: each passes over a tensor of the whole batch, most of them in fp32, and
 autograd keeps fp32 copies of them. Here the same operations run over a few rows at a time, which a core's cache holds, and only
 x is kept, which the residual stream keeps anyway: the root of a few rows costs less to compute again than to remember. In bf16 a
-kernel of our own makes it one pass, where there is one (``native``).
+kernel of our own makes it one pass, where there is one (``native``; on CUDA ``cuda``).
 The weight is frozen, and gets no gradient.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lamina import native
+from lamina import cuda, native
 from lamina.ops.shapes import Float
 
 CHUNK = 2**16
@@ -27,11 +27,11 @@ def plain(x: Float[Tensor, "*N D"], weight: Float[Tensor, " D"], eps: float) -> 
 
 
 def rms_norm(x: Float[Tensor, "*N D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "*N D"]:
-    """Computes ``plain``; on a CPU with a backward pass of its own, to x only.
+    """Computes ``plain``; on a CPU, and in bf16 on CUDA, with a backward pass of its own, to x only.
 
     The bits are those of ``plain``, or in bf16, where the kernel rounds but once, no farther from the truth.
     """
-    if x.device.type != "cpu" or weight.requires_grad:
+    if weight.requires_grad or not (x.device.type == "cpu" or cuda.takes(x, weight)):
         return plain(x, weight, eps)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _forward(x, weight, eps)
@@ -48,6 +48,10 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
         native.call("norm", x, weight, out, x.numel() // x.shape[-1], x.shape[-1], eps)
         return out
+    if cuda.takes(x, weight):
+        from lamina.cuda import rows as kernels
+
+        return kernels.norm(x.contiguous(), weight.contiguous(), eps)
     if x.numel() <= CHUNK:
         return plain(x, weight, eps)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -77,6 +81,10 @@ class _RMSNorm(torch.autograd.Function):
             out = torch.empty_like(x)
             native.call("norm_back", x, weight, grad, out, x.numel() // x.shape[-1], x.shape[-1], ctx.eps)
             return out, None, None
+        if cuda.takes(x, weight, grad):
+            from lamina.cuda import rows as kernels
+
+            return kernels.norm_back(x.contiguous(), weight.contiguous(), grad.contiguous(), ctx.eps), None, None
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, out = weight.to(wide), torch.empty_like(x, memory_format=torch.contiguous_format)
         for x_rows, grad_rows, here in zip(*map(_chunks, (x, grad, out)), strict=True):

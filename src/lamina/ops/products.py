@@ -41,6 +41,8 @@ def product(
         dtype: of new memory; by default that of the factors.
     """
     (a, b), *others = products
+    if a.is_cuda and dtype not in (None, a.dtype) and not others and scale == 1.0 and out is bias is None:
+        return torch.mm(a, b, out_dtype=dtype)  # its sums are fp32 and are not rounded in between
     if faster(a.shape[0], b.shape[1]) and _readable(products, bias, out, dtype):
         return _by_kernel(products, scale, bias, out, onto, dtype)
     if out is None and scale == 1.0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lamina import native
+from lamina import cuda, native
 from lamina.ops.shapes import Float
 
 
@@ -16,7 +16,8 @@ def rotate(
     """Turns each pair (x_i, x_{i+h/2}) of a head by the angle of its token's position.
 
     ``out_i = x_i·cos - x_{i+h/2}·sin`` and ``out_{i+h/2} = x_{i+h/2}·cos + x_i·sin``; products and sums are rounded one by
-    one, as transformers does, so that the bits are the same; in bf16 on a CPU a kernel of our own rounds once, where there is one.
+    one, as transformers does, so that the bits are the same; in bf16 a kernel of our own rounds once, where there is one
+    (``native``, ``cuda``).
     """
     if not torch.is_grad_enabled():
         return _turn(x, cos, sin)  # in generation, where every microsecond of a step counts
@@ -45,6 +46,10 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
         out = torch.empty_like(x)
         native.call("rotate", x, cos, sin, out, *x.shape, -1.0 if back else 1.0)
         return out
+    if cuda.takes(x, cos, sin):
+        from lamina.cuda import rows as kernels
+
+        return kernels.rotate(x.contiguous(), cos.contiguous(), sin.contiguous(), -1.0 if back else 1.0)
     cos, sin = cos.unsqueeze(1), -sin.unsqueeze(1) if back else sin.unsqueeze(1)
     low, high = x[..., :half], x[..., half:]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -2,7 +2,7 @@
 
 Autograd's own graph keeps silu(gate) too, as wide as the MLP: at Llama-2-7B 22 kB a token and layer, a fifth of what a layer
 keeps. Here it is computed again in the backward pass, some rows at a time: a tenth of a per cent of a step. In bf16 on a CPU a kernel
-of our own makes one pass of either direction, where there is one (``native``).
+of our own makes one pass of either direction, where there is one (``native``; on CUDA ``cuda``).
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lamina import native
+from lamina import cuda, native
 from lamina.ops.shapes import Float
 
 CHUNK = {"cpu": 2**16}
@@ -36,6 +36,10 @@ def _by_kernel(*tensors: Tensor) -> bool:
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    if cuda.takes(gate, up):
+        from lamina.cuda import rows as kernels
+
+        return kernels.gate(gate.contiguous(), up.contiguous())
     if not _by_kernel(gate, up):
         return F.silu(gate).mul_(up)
     gate, up = gate.contiguous(), up.contiguous()
@@ -54,6 +58,10 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         gate, up = ctx.saved_tensors
+        if cuda.takes(gate, up, grad):
+            from lamina.cuda import rows as kernels
+
+            return kernels.gate_back(gate.contiguous(), up.contiguous(), grad.contiguous())
         gate_grad, up_grad = (
             torch.empty_like(gate, memory_format=torch.contiguous_format) if needed else None
             for needed in ctx.needs_input_grad

@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 
-from lamina import native
+from lamina import cuda, native
 from lamina.model.architecture import Architecture
 from lamina.model.quantised import Base
 from lamina.ops import products
 from lamina.ops.attention import by_kernel, working_memory
-from lamina.ops.loss import CHUNK, SLICE, WIDE_CHUNK
+from lamina.ops.loss import CHUNK, WIDE_CHUNK, slice_rows
 from lamina.ops.norm import CHUNK as NORM_CHUNK
 from lamina.ops.swiglu import CHUNK as GATE_CHUNK
 from lamina.training.optimizer import Kind
@@ -68,9 +68,11 @@ class Setup:
         return SCRATCHPAD * torch.get_num_threads()
 
     def by_kernels(self, width: int) -> bool:
-        """Whether rows of this width go to the kernels of ``native``."""
+        """Whether rows of this width go to kernels of our own."""
         dtype = torch.float32 if self.itemsize == FLOAT else torch.bfloat16
-        return width % native.LANES == 0 and native.available(self.device, dtype)
+        return cuda.available(self.device, dtype) or (
+            width % native.LANES == 0 and native.available(self.device, dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,11 @@ class Layer:
         window = setup.architecture.windows[index]
         masked = [length for length in portion.lengths if window is not None and length > window]
         width = setup.architecture.head_width
-        kernel = setup.by_kernels(width) and by_kernel(width, portion.lengths, window)
-        self.plainly = self.n * (not kernel)  # tokens that SDPA attends
-        self.mixing = self._mixing(portion.lengths) if kernel and self.leaving else 0
+        kernel = setup.device == "cpu" and setup.by_kernels(width) and by_kernel(width, portion.lengths, window)
+        self.plainly = self.n * (not kernel)  # tokens that SDPA or FlashAttention attends
+        self.mixing = (
+            self._mixing(portion.lengths, kernel) if self.leaving and (kernel or setup.device == "cuda") else 0
+        )
         self.attention = self._attention(sum(length * length for length in masked))
         # The kernel's memory, or a mask: distances as indices, and a bool of each.
         mask = max(masked, default=0) ** 2 * (INDEX + 1)
@@ -211,10 +215,13 @@ class Layer:
         self.output = self._read(["self_attn.o_proj"], any(needs), self.after)
         return kept + self.output
 
-    def _mixing(self, lengths: tuple[int, ...]) -> int:
-        """Gradients of the output of attention and of q, k and v, and what the kernel needs for the longest example."""
+    def _mixing(self, lengths: tuple[int, ...], kernel: bool) -> int:
+        """Gradients of the output of attention and of q, k and v, and what the kernel needs for the longest example; FlashAttention sums
+        the gradient of q in fp32."""
         a = self.setup.architecture
         gradients = self.n * (2 * a.heads + 2 * a.kv_heads) * a.head_width * self.e
+        if not kernel:
+            return gradients + self.n * a.heads * (a.head_width + 1) * FLOAT
         return gradients + working_memory(lengths, a.kv_heads, a.head_width)
 
     def _mlp(self) -> tuple[int, int, int]:
@@ -247,6 +254,8 @@ class Layer:
         own = 0 if self.e == FLOAT else self.e  # in fp32 the masters themselves are used
         kept = sum(tokens * rank * self.e + self._trainable(name) * own for name, rank in ranks.items())
         x = tokens * self.shapes[names[0]][1]
+        if self.e == FLOAT and 1 < len(names) == len(ranks) and not self.setup.dropout:
+            kept += FLOAT * sum(ranks.values()) * self.shapes[names[0]][1]  # all A, one below the other
         if not self.setup.dropout:
             return kept + x * self.e
         mask = self.e if self.setup.device == "cpu" else 1
@@ -257,8 +266,9 @@ class Layer:
 
 
 def norm_kept(setup: Setup, rows: int, width: int) -> int:
-    """A norm's input; torch's own kernel keeps one number a row too."""
-    return rows * (width * setup.itemsize + FLOAT * (setup.device != "cpu"))
+    """A norm's input; torch's own kernel on CUDA keeps one number a row too."""
+    own = setup.device == "cpu" or setup.by_kernels(width)
+    return rows * (width * setup.itemsize + FLOAT * (not own))
 
 
 def norm_working(setup: Setup, rows: int, width: int) -> int:
@@ -272,7 +282,7 @@ def loss_slices(setup: Setup, supervised: int) -> int:
     """The logits of a slice of rows in the computation's dtype, and for torch a few of them in fp32 with their softmax."""
     few = min(supervised, CHUNK.get(setup.device, WIDE_CHUNK))
     wide = few * FLOAT * (1 if setup.itemsize == FLOAT else 2) * (not setup.by_kernels(native.LANES))
-    return (min(supervised, SLICE) * setup.itemsize + wide) * setup.architecture.vocabulary
+    return (min(supervised, slice_rows(setup.device)) * setup.itemsize + wide) * setup.architecture.vocabulary
 
 
 def loss_rows(setup: Setup, supervised: int) -> int:

@@ -177,9 +177,8 @@ def train(
             torch.manual_seed(_mix(seed, state.step))  # dropout: a function of (seed, step)
             losses = [backward(model, batch, training) for batch in batches]
         loss = torch.stack(losses).sum() / supervised
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.div_(supervised)  # the one division
+        if gradients := [p.grad for p in parameters if p.grad is not None]:
+            torch._foreach_div_(gradients, supervised)  # the one division
         state.grad_norms = _norms(parameters)
         norm = torch.linalg.vector_norm(state.grad_norms)
 
@@ -205,11 +204,12 @@ def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     device = model.vocabulary.device
     kept = training.checkpoint_layers or 0, training.offload_checkpoints
     learnt = (batch.targets != IGNORED).nonzero().squeeze(1)
-    wanted = learnt.to(device) if len(learnt) < len(batch.targets) else None
+    wanted = learnt.to(device, non_blocking=True) if len(learnt) < len(batch.targets) else None
+    tokens, position = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.position))
     loss, _ = cross_entropy_sum(  # the hidden states have no name here: one would keep them through the backward pass
-        model(batch.tokens.to(device), batch.position.to(device), Packed(batch.lengths), *kept, wanted),
+        model(tokens, position, Packed(batch.lengths), *kept, wanted),
         model.vocabulary,
-        batch.targets[learnt].to(device),
+        batch.targets[learnt],  # on the CPU, where they are counted without waiting for the device
     )
     loss.backward()
     return loss.detach()

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from lamina import cuda
 from lamina.adapter import LoRA, choose
 from lamina.model.architecture import Architecture
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import form_bytes
 from lamina.ops import int8
-from lamina.ops.loss import SLICE
+from lamina.ops.loss import slice_rows
 from lamina.training.kept import (
     FLOAT,
     GATE_UP,
@@ -175,7 +176,8 @@ def _product(setup: Setup, tokens: int, outputs: int, inputs: int) -> int:
     if setup.base != "fp8":
         return 0
     emulated = FLOAT * (inputs * outputs + tokens * outputs) if setup.device == "cpu" else 0
-    return tokens * inputs * (2 * FLOAT + 1) + emulated
+    wide = 0 if cuda.available(setup.device, torch.bfloat16) and setup.itemsize < FLOAT else 2 * FLOAT
+    return tokens * inputs * (wide + 1) + emulated
 
 
 def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
@@ -204,7 +206,7 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     rows = loss_rows(setup, portion.supervised)
     slices = loss_slices(setup, portion.supervised)
     scores = [
-        setup.product(min(portion.supervised, SLICE), *sizes)
+        setup.product(min(portion.supervised, slice_rows(setup.device)), *sizes)
         for sizes in ((a.vocabulary, a.width), (a.width, a.vocabulary))
     ]
     at_loss = _buffer(setup, n) + max(scores)
