@@ -177,8 +177,7 @@ def train(
             torch.manual_seed(_mix(seed, state.step))  # dropout: a function of (seed, step)
             losses = [backward(model, batch, training) for batch in batches]
         loss = torch.stack(losses).sum() / supervised
-        if gradients := [p.grad for p in parameters if p.grad is not None]:
-            torch._foreach_div_(gradients, supervised)  # the one division
+        _divide(parameters, supervised)  # the one division
         state.grad_norms = _norms(parameters)
         norm = torch.linalg.vector_norm(state.grad_norms)
 
@@ -213,6 +212,12 @@ def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     )
     loss.backward()
     return loss.detach()
+
+
+def _divide(parameters: list[nn.Parameter], count: int) -> None:
+    """Divides all gradients, which have no name in the loop: one would keep them into the next step."""
+    if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
+        torch._foreach_div_(gradients, count)
 
 
 def _norms(parameters: list[nn.Parameter]) -> Tensor:
