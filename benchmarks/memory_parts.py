@@ -155,7 +155,11 @@ def told(planned: Plan, record: Callable[[], Any]) -> list[str]:
     try:
         entries: list[Entry] = record()
         return [*lines, *peak_of(entries).lines()]
-    except (RuntimeError, LookupError, TypeError) as error:  # another version's record: the measurement stands all the same
+    except (
+        RuntimeError,
+        LookupError,
+        TypeError,
+    ) as error:  # another version's record: the measurement stands all the same
         return [*lines, f"  no record: {type(error).__name__}: {error}"]
 
 
