@@ -3,7 +3,7 @@
 A model is read from a folder, where there is one, or drawn on the device and quantised as it comes (``drawn.py``). Then an adapter of rank
 16 on all linears, alpha 32, is trained by ``lamina.training.loop.train``: one row of 512 random tokens a step, all of them targets. Memory
 is what torch's allocator has lent, above what it had lent before; layers are checkpointed only where the plan says that the
-run would not fit otherwise, and the 70B once more with all of them.
+run would not fit otherwise; then the 7B in NF4 once more within 6 GB, and the 70B with all of them.
 """
 
 import gc
@@ -41,6 +41,9 @@ STEPS, TOKENS, MANY = 3, 512, 16
 SPARE = 0.95
 """Share of the free memory that a plan may take before layers are checkpointed."""
 
+SMALL = 6e9
+"""Bytes in which the 7B in NF4 is trained once more."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -72,6 +75,8 @@ def rows_of(scale: Scale, folder: Path | None, everything: bool, large: bool) ->
         yield row
         for rows in (1, MANY):
             yield tried(scale, "7b", base, model, before, rows, fitting(model, base, rows, scale))
+        if base == BASES[0]:
+            yield tried(scale, "7b", base, model, before, 1, fitting(model, base, 1, scale, SMALL))
         del model
         emptied(scale.device)
     if large:
@@ -118,11 +123,11 @@ def planned(model: Decoder, base: Base | None, rows: int, checkpointed: int, sca
     return plan(setup, Portion(batch.lengths, batch.supervised, checkpointed))
 
 
-def fitting(model: Decoder, base: Base | None, rows: int, scale: Scale) -> int:
-    """The fewest checkpointed layers with which the plan fits what is free beside the model; all, where none does."""
+def fitting(model: Decoder, base: Base | None, rows: int, scale: Scale, most: float | None = None) -> int:
+    """The fewest checkpointed layers with which the plan fits into so many bytes, or what is free; all, where none does."""
     layers = model.architecture.layers
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    free = SPARE * (available(scale.device) + held)
+    free = SPARE * (most or available(scale.device) + held)
     return next((n for n in range(layers) if planned(model, base, rows, n, scale).total <= free), layers)
 
 
