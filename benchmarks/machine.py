@@ -28,8 +28,19 @@ def machine() -> str:
     return f"{cpu}, {cores()} cores, {gib:.0f} GiB{', ' + flags if flags else ''}"
 
 
+def gpu() -> str:
+    """Name and memory of the GPU, and the CUDA that torch was built for."""
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+
+
 def commit() -> str:
     """The commit, marked where Lamina's sources or the benchmark differ from it."""
+
+    if (given := os.environ.get("LAMINA_COMMIT")) or not (ROOT / ".git").exists():  # a copy without its history
+        return given or ""
 
     def git(*words: str) -> str:
         return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,8 +1,9 @@
-"""The benchmark of quantised bases: ``benchmarks/qlora.py seven-b``, ``share`` or ``kernels``.
+"""The benchmark of quantised bases: ``benchmarks/qlora.py seven-b``, ``share``, ``kernels`` or ``gpu``.
 
 ``seven-b`` loads and trains a checkpoint of Llama-2-7B's true size and compares seconds with a plain read of its files, bytes
 with the plan. ``share`` says what of a step is spent in making numbers from the stored form. ``kernels`` compares the two
-conversions with bitsandbytes'. Each appends rows to ``results/qlora_cpu.csv``, unless the run is ``--tiny`` or of another shape,
+conversions with bitsandbytes'. ``gpu`` draws, loads and trains the 7B and the 70B there (``qlora_gpu.py``), and appends to
+``results/qlora_gpu.csv``. Each other appends rows to ``results/qlora_cpu.csv``, unless the run is ``--tiny`` or of another shape,
 or others took the processors meanwhile.
 """
 
@@ -23,6 +24,7 @@ from run import NOISE
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "qlora_cpu.csv"
+ON_GPU = HERE / "results" / "qlora_gpu.csv"
 ROUNDS = {"seven-b": 2, "share": 7, "kernels": 7}
 BASES, MORE_BASES = ("nf4",), ("nf4", "int8", "fp8")
 STEPS, TOKENS = 3, 512
@@ -159,6 +161,14 @@ def rate(name: str, weights: float) -> str:
     return f"{weights / 1e6:.0f} M weights/s" if name == "store" else f"{weights / 1e9:.2f} G weights/s"
 
 
+def gpu(options: argparse.Namespace, _: int) -> list[Row]:
+    """Llama-2-7B's shape over each base and the 70B's, on the GPU of this machine."""
+    from qlora_gpu import Scale, rows_of
+
+    folder = None if options.tiny else options.model
+    return [show(row) for row in rows_of(Scale.of(options.tiny), folder, options.all, not options.seven)]
+
+
 def times(report: dict[str, Any], what: str, base: str) -> Row:
     return {"what": what, "base": base, "seconds": report["seconds"], "others": report["others"]}
 
@@ -179,20 +189,23 @@ def show(row: Row) -> Row:
     return row
 
 
-def append(rows: list[Row]) -> None:
+def append(rows: list[Row], options: argparse.Namespace) -> None:
     """Appends the rows to the results; as in run.py, a row is not written if others took too much meanwhile."""
-    passed = [row for row in rows if row["others"] <= NOISE]
+    passed = [row for row in rows if row.get("others", 0.0) <= NOISE]
     for row in rows:
         if row not in passed:
             print(f"NOT WRITTEN: {row['what']}, {row['base']}: others took {row['others']:.0%}, more than {NOISE:.0%}")
     if not passed:
         return
-    fixed = results.origin("torch", "bitsandbytes") | {"threads": machine.cores()}
+    there = options.mode == "gpu"
+    fixed = results.origin("torch", "bitsandbytes")
+    fixed |= {"machine": machine.gpu()} if there else {"threads": machine.cores()}
     short = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in passed]
-    results.append(RESULTS, [fixed | row for row in short], FIELDS)
+    fields = [name for name in FIELDS if not (there and name in ("threads", "others"))]
+    results.append(options.results or (ON_GPU if there else RESULTS), [fixed | row for row in short], fields)
 
 
-MODES = {"seven-b": seven_b, "share": share, "kernels": kernels}
+MODES = {"seven-b": seven_b, "share": share, "kernels": kernels, "gpu": gpu}
 
 
 def main() -> None:
@@ -203,13 +216,20 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="seven-b: load in int8 and fp8 too, not in nf4 only")
     parser.add_argument("--rounds", type=int, help=f"rounds to take the minima of, instead of {ROUNDS}")
     parser.add_argument("--build", type=Path, default=machine.ROOT / "build", help="where models are written, and kept")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="gpu: folder of a checkpoint of the 7B, which is read in nf4, with --all in all forms",
+    )
+    parser.add_argument("--seven", action="store_true", help="gpu: without the 70B")
+    parser.add_argument("--results", type=Path, help="file of the rows, instead of results/qlora_….csv")
     options = parser.parse_args()
     print(f"{machine.machine()}\ncommit {machine.commit()}\n", flush=True)
-    rows = MODES[options.mode](options, options.rounds or (1 if options.tiny else ROUNDS[options.mode]))
+    rows = MODES[options.mode](options, options.rounds or (1 if options.tiny else ROUNDS.get(options.mode, 1)))
     if options.tiny or options.layers:
         print("\nnothing is written: a tiny model, or fewer layers")
     else:
-        append(rows)
+        append(rows, options)
 
 
 if __name__ == "__main__":

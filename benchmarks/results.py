@@ -164,7 +164,8 @@ def append(path: Path, rows: list[dict[str, Any]], fields: list[str]) -> None:
         _write(path, old + passed, fields, "w")
     else:
         _write(path, passed, fields, "a")
-    print(f"\n{len(passed)} of {len(rows)} rows appended to {path.relative_to(machine.ROOT)}")
+    shown = path.relative_to(machine.ROOT) if path.is_relative_to(machine.ROOT) else path
+    print(f"\n{len(passed)} of {len(rows)} rows appended to {shown}")
 
 
 def _write(path: Path, rows: list[dict[str, Any]], fields: list[str], mode: str) -> None:

@@ -73,7 +73,8 @@ class Stored:
         assert tuple(out.shape) == self.shape, f"{self.name} is read into another shape"
         flat = out.view(-1)
         direct = flat.dtype == self.dtype and flat.device.type == "cpu"
-        piece = flat if direct else torch.empty(min(_PIECE, flat.numel()), dtype=self.dtype)
+        size = min(_PIECE, flat.numel())
+        piece = flat if direct else torch.empty(size, dtype=self.dtype, pin_memory=flat.is_cuda)
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.start)
@@ -81,7 +82,7 @@ class Stored:
                     part = piece[: flat.numel() - first]
                     self._fill(file, part)
                     if not direct:
-                        flat[first : first + part.numel()].copy_(part)
+                        flat[first : first + part.numel()].copy_(part.to(flat.device))  # a GPU converts it itself
         except OSError as error:
             raise ModelError(f"{self.file}: cannot be read ({error.strerror})") from None
 

@@ -14,9 +14,11 @@ _UNLIMITED = 2**62  # what version 1 of cgroups says where there is no limit is 
 
 
 def available(device: torch.device) -> int:
-    """Bytes that are free for a run: of the device on CUDA, else the least that system, cgroup and limits leave."""
+    """Bytes that are free for a run: of the device on CUDA, with what torch's allocator holds there and nobody uses; else the least
+    that system, cgroup and limits leave."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return max(0, min([_system(), *_cgroups(), *_limits()]))
 
 
@@ -88,6 +90,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
+            torch.cuda.init()  # before that there is no count to reset
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:

@@ -173,7 +173,7 @@ def train(
         batches = pack([examples[row] for row in rows], training.portion)
         supervised = sum(batch.supervised for batch in batches)
 
-        with torch.random.fork_rng():  # the caller's generator stays as it is
+        with torch.random.fork_rng(_generators()):  # the caller's generators stay as they are
             torch.manual_seed(_mix(seed, state.step))  # dropout: a function of (seed, step)
             losses = [backward(model, batch, training) for batch in batches]
         loss = torch.stack(losses).sum() / supervised
@@ -220,6 +220,11 @@ def _divide(parameters: list[nn.Parameter], count: int) -> None:
         torch._foreach_div_(gradients, count)
 
 
+def _generators() -> list[int]:
+    """The GPUs whose generators a seed sets. Unasked, ``fork_rng`` warns where there are several, and wakes one that no run uses."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
 def _norms(parameters: list[nn.Parameter]) -> Tensor:
     """The norm of each gradient, [P]; of none it is 0. ``nn.utils.get_total_norm`` would keep the norm of them all only."""
     gradients = [parameter.new_zeros(()) if parameter.grad is None else parameter.grad for parameter in parameters]
@@ -228,7 +233,7 @@ def _norms(parameters: list[nn.Parameter]) -> Tensor:
 
 def rehearse(model: Decoder, batch: Batch, training: Training) -> None:
     """Computes a micro-batch and throws its gradient away: of the heaviest, memory runs out now or never."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(_generators()):
         model.train()
         loss = backward(model, batch, training)
     model.zero_grad(set_to_none=True)

@@ -33,8 +33,11 @@ from lamina.training.kept import (
 )
 
 SMALL = 4096
-EIGHT_BIT = 1 + FLOAT / 256
-"""Bytes of a moment of 8-bit AdamW: one, and the scale of 256 of them."""
+SCALE = FLOAT / 256
+"""Bytes of 8-bit AdamW's scale of 256 numbers of a moment, for each of them."""
+
+PAGED = 100_000
+"""Numbers of a matrix from which on a paged form keeps its moments in pages; bitsandbytes leaves smaller ones on the device."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,11 @@ def _factors(setup: Setup) -> Iterator[int]:
 
 
 def _moment_bytes(setup: Setup, size: int) -> float:
-    """Bytes of a number of a moment; bitsandbytes keeps those of small tensors in fp32."""
-    return EIGHT_BIT if setup.optimizer.endswith("8bit") and size >= SMALL else FLOAT
+    """Bytes of a number of a moment; bitsandbytes keeps those of small tensors in fp32, and pages, not their scales, in memory
+    that gives way to all else."""
+    eight_bit = setup.optimizer.endswith("8bit") and size >= SMALL
+    paged = setup.optimizer.startswith("paged") and size >= PAGED
+    return SCALE * eight_bit + (0 if paged else 1 if eight_bit else FLOAT)
 
 
 def _frozen(setup: Setup, outputs: int, inputs: int) -> int:

@@ -204,6 +204,16 @@ def test_the_optimiser_takes_two_moments() -> None:
     assert plan(setup_of(model), Portion((10,), 5)).items["optimiser"] == sum(moments)
 
 
+def test_pages_are_not_the_devices() -> None:
+    """Of large matrices the moments are in pages, which give way; the scales of 8-bit ones and small matrices are not."""
+    setup = replace(setup_of(model_of("bf16")), device="cuda", ranks={"model.layers.0.mlp.up_proj": 400})
+    large, small = 400 * 352, 400 * 128  # B and A, 140,800 and 51,200 numbers
+    expected = {"adamw": 8 * (large + small), "paged-adamw": 8 * small, "adamw8bit": (2 + 1 / 32) * (large + small)}
+    expected["paged-adamw8bit"] = 2 * small + (large + small) / 32
+    for kind, size in expected.items():
+        assert plan(replace(setup, optimizer=kind), Portion((10,), 5)).items["optimiser"] == round(size), kind
+
+
 def test_ranks_are_those_that_attach_lays_on() -> None:
     lora = LoRA(rank=4, targets=("q_proj", "mlp.*"), layers="1,3", rank_pattern={"up_proj": 2})
     model = tiny(**SIZE)
