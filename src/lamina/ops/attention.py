@@ -86,6 +86,8 @@ def attend_plainly(
 ) -> Float[Tensor, "T H h"]:
     """Computes ``attend_causally`` for one example by SDPA: on every device, in every precision."""
     length = query.shape[0]
+    if query.is_cuda and key.shape[1] < query.shape[1]:  # where SDPA would keep all scores of grouped heads
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))  # [1, heads, T, h]
     if window is None or length <= window:
         out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

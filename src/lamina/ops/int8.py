@@ -268,7 +268,7 @@ def integer_product(a: Int[Tensor, "N D"], b: Int[Tensor, "D out"], out: Int[Ten
     if a.device.type == "cpu" and len(b) > 1 and cpu_is_exact():
         torch._int_mm(a, b, out=out)
     elif a.is_cuda and not (b.shape[0] % 8 or b.shape[1] % 8):
-        out.copy_(cuda_product(a, b))
+        cuda_product(a, b, out)
     else:
         plain_product(a, b, out)
 
@@ -280,14 +280,15 @@ def plain_product(a: Int[Tensor, "N D"], b: Int[Tensor, "D out"], out: Int[Tenso
         out.add_((left.float() @ right.float()).to(torch.int32))
 
 
-def cuda_product(a: Int[Tensor, "N D"], b: Int[Tensor, "D out"]) -> Int[Tensor, "N out"]:
-    """Computes a·b as cuBLAS takes it: more than 16 rows on the left, columns that are contiguous on the right."""
+def cuda_product(a: Int[Tensor, "N D"], b: Int[Tensor, "D out"], out: Int[Tensor, "N out"]) -> None:
+    """Writes a·b as cuBLAS takes it: more than 16 rows on the left, columns that are contiguous on the right."""
     rows = len(a)
-    if rows < 32:
-        a = F.pad(a, (0, 0, 0, 32 - rows))
     if b.stride(0) != 1:
         b = b.t().contiguous().t()
-    return torch._int_mm(a, b)[:rows]
+    if rows < 32:
+        out.copy_(torch._int_mm(F.pad(a, (0, 0, 0, 32 - rows)), b)[:rows])
+    else:
+        torch._int_mm(a, b, out=out)
 
 
 @cache

@@ -211,6 +211,8 @@ class Layer:
         if any(needs):
             kept += n * (a.heads + 2 * a.kv_heads) * a.head_width * e  # q and k as they were rotated, v
             kept += self.plainly * a.heads * (a.head_width * e + FLOAT)  # SDPA's output, log Σ exp of each row
+            if self.setup.device == "cuda" and e == FLOAT and a.kv_heads < a.heads:
+                kept += 2 * n * (a.heads - a.kv_heads) * a.head_width * e  # k and v are repeated for every head
             kept += masked * e
         self.output = self._read(["self_attn.o_proj"], any(needs), self.after)
         return kept + self.output

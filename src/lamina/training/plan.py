@@ -179,6 +179,8 @@ def _buffer(setup: Setup, tokens: int) -> int:
 def _product(setup: Setup, tokens: int, outputs: int, inputs: int) -> int:
     """What the product with a frozen matrix needs for itself: in FP8 the rows that are quantised, and where it is emulated on a
     CPU both operands and the product in fp32."""
+    if setup.base == "int8" and setup.device == "cuda":
+        return inputs * outputs  # the gradient of the input goes through the transpose
     if setup.base != "fp8":
         return 0
     emulated = FLOAT * (inputs * outputs + tokens * outputs) if setup.device == "cpu" else 0
