@@ -2,8 +2,8 @@
 
 A peer's best is swept, not guessed: without recomputation, base and adapter in bf16 without autocast, and the step's rows padded to one
 rectangle, one by one without any padding (``-single``), or packed into one row, where the tool can (``-packed``). All of these are arms; a
-claim compares with the fastest of them. On a GPU a step has 32 rows, and its arms are others (``ON_GPU``): the peers pad eight rows at one time,
-for 32 of a 7B do not fit beside it without recomputation.
+claim compares with the fastest of them. On a GPU a step has 32 rows, and its arms are others (``ON_GPU``): the peers pad eight rows at
+one time, for 32 of a 7B do not fit beside it without recomputation.
 """
 
 from dataclasses import dataclass, field

@@ -112,13 +112,15 @@ def main() -> None:
     options = parser.parse_args()
     options.workload = options.workload or ("whole" if options.quick else "whole,answers")
     if options.mode == "profile":
-        import step_profile
-
         name = "tiny" if options.tiny else options.model
         refuse_without_gpu(name)
         if name in workload.ON_GPU:
-            step_profile.on_gpu(rows.write(BUILD / "bench" / "rows"), workload.MODELS[name], options.base.split(","))
+            import gpu_profile
+
+            gpu_profile.main(rows.write(BUILD / "bench" / "rows"), workload.MODELS[name], options.base.split(","))
         else:
+            import step_profile
+
             step_profile.main(workload.prepare(BUILD / "bench", workload.MODELS[name]))
     elif options.mode == "gates":
         import proof

@@ -117,14 +117,15 @@ class BareGemms:
         """Seconds and FLOPs of each group, run once."""
         seconds, flops = {}, {}
         for name, (work, count) in self.groups().items():
-            self._wait()
+            self.wait()
             began = time.perf_counter()
             work()
-            self._wait()
+            self.wait()
             seconds[name], flops[name] = time.perf_counter() - began, count
         return seconds, flops
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the device has done its work."""
         if self.make["device"] != "cpu":
             torch.cuda.synchronize()
 

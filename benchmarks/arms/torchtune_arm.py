@@ -16,7 +16,6 @@ import torch
 import torchtune
 from common import IGNORED, Job, Part, Record, Row, fill, rank_and_scale, supervised
 from safetensors.torch import load_file
-from torch import Tensor
 from torchtune import modules, training
 from torchtune.data import padded_collate_sft
 from torchtune.models.convert_weights import hf_to_tune
