@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from gates import faults
 HERE = Path(__file__).parent
 BUILD = machine.ROOT / "build"
 RATE, CLIP = 2e-4, 1.0
+ROUNDED = ("int8", "fp8")
+"""Bases whose products round the activations too."""
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -28,10 +31,25 @@ class Failed(RuntimeError):
 
 
 class Bench:
-    """Arms over one model, in a folder of its own under ``build/bench/runs``."""
+    """Arms over one model, in a folder of its own under ``build/bench/runs``.
 
-    def __init__(self, files: workload.Files, run: str, device: str = "cpu") -> None:
+    Args:
+        larger: so many times the usual rows a step.
+        sites: folders of the arms' packages, where no environments are to be made.
+        until: the moment, in Unix time, from which on nothing more is measured.
+    """
+
+    def __init__(
+        self,
+        files: workload.Files,
+        run: str,
+        device: str = "cpu",
+        larger: int = 1,
+        sites: Path | None = None,
+        until: float | None = None,
+    ) -> None:
         self.files, self.device, self.folder = files, device, BUILD / "bench" / "runs" / run
+        self.larger, self.sites, self.until = larger, sites, until
         self.folder.mkdir(parents=True, exist_ok=True)
         self.reports: results.Reports = {}
         self.pythons: dict[str, Path | None] = {"": Path(sys.executable)}
@@ -39,9 +57,15 @@ class Bench:
     def able(self, arms: list[Arm]) -> list[Arm]:
         """The arms whose environments are there, or can be made."""
         for name in dict.fromkeys(arm.environment for arm in arms):
-            if name not in self.pythons:
+            if self.sites:
+                self.pythons[name] = self.pythons[""]
+            elif name not in self.pythons:
                 self.pythons[name] = environments.python(name, BUILD)
         return [arm for arm in arms if self.pythons[arm.environment]]
+
+    def batch(self, workload: str) -> int:
+        """Rows of a step."""
+        return texts.BATCH[workload] * self.larger
 
     def process(self, arm: Arm, key: str, **job: Any) -> dict[str, Any]:
         """Runs one process of an arm and returns its report; one that an earlier call has kept under the key is read.
@@ -54,12 +78,14 @@ class Bench:
             return json.loads(kept.read_text())
         paths = {name: kept.with_suffix(f".{name}") for name in ("job", "result", "log")}
         common = {"model": str(self.files.model), "adapter": str(self.files.adapter), "settings": arm.settings}
-        common |= {"batch": texts.BATCH[arm.workload], "threads": machine.cores(), "learning_rate": RATE, "clip": CLIP}
+        common |= {"batch": self.batch(arm.workload), "threads": machine.cores(), "learning_rate": RATE, "clip": CLIP}
         common |= {"rows": str(self.files.rows(arm.workload)), "first": 0, "device": self.device, "precision": "bf16"}
         common |= {"result": str(paths["result"]), "spawned": time.time()}
         paths["job"].write_text(json.dumps(common | job))
         command = [self.pythons[arm.environment], HERE / "arms" / f"{arm.program}.py", paths["job"]]
         setting = os.environ | QUIET | {"OMP_NUM_THREADS": str(machine.cores())}
+        if self.sites:
+            setting["PYTHONPATH"] = environments.beside(self.sites, arm.environment)
         with paths["log"].open("w") as log:
             done = subprocess.run(command, env=setting, stdout=log, stderr=log, check=False)
         if done.returncode:
@@ -69,39 +95,47 @@ class Bench:
         kept.write_text(json.dumps(report))
         return report
 
-    def gate(self, arms: list[Arm], precision: str = "fp32") -> dict[Arm, list[str]]:
-        """What keeps each arm's row from being written: two fp32 steps of two rows each, whole and answers only."""
-        print(f"gates: two steps of two rows in {precision}, beside {REFERENCE}", flush=True)
+    def gate(self, arms: list[Arm], precision: str = "fp32", at_once: int = 1) -> dict[Arm, list[str]]:
+        """What keeps each arm's row from being written: two fp32 steps of two rows each, whole and answers only.
+
+        Args:
+            at_once: so many arms' processes at one time; nothing is timed here.
+        """
+        print(f"gates: two steps of two rows of {self.files.name} in {precision}, beside {REFERENCE}", flush=True)
         distinct = {(arm.program, str(arm.settings)): arm for arm in arms if not arm.bound}
+        with ThreadPoolExecutor(at_once) as pool:
+            runs = {key: pool.submit(self._gated, arm, precision) for key, arm in distinct.items()}
         reports, found = {}, {}
-        for key, arm in distinct.items():
-            gradients = self.folder / f"{arm.name}-gate.safetensors"
-            job = {
-                "rows": str(self.files.rows("gate")),
-                "batch": 2,
-                "warmup": 0,
-                "steps": 2,
-                "gradients": str(gradients),
-            }
-            settings = arm.settings | ({"micro": min(2, arm.settings["micro"])} if "micro" in arm.settings else {})
+        for key, run in runs.items():
             try:
-                report = self.process(arm, f"gate-{precision}", **job, precision=precision, settings=settings)
+                reports[key] = run.result()
             except Failed as failed:
                 print(f"  {failed}", flush=True)
                 found[key] = ["alive: its process fails"]
-            else:
-                reports[key] = report | {"gradients": gradients}
         references = {
             arm.base: reports[key] for key, arm in distinct.items() if arm.tool == REFERENCE and key in reports
         }
         for key, report in reports.items():
             arm = distinct[key]
+            reference = references.get(arm.base) or references.get("bf16")
+            if reference is None:
+                found[key] = [f"fp32: no gate of {REFERENCE} to compare with"]
+                continue
             # int8 rounds the activations, in bitsandbytes in another way: only the first step's loss can be near, and is not asked.
-            exact = not arm.own_weights and arm.base != "int8"
-            reference = references.get(arm.base, references["bf16"])
-            found[key] = faults(arm.name, report, reference, exact, approximate=arm.base == "int8" or arm.own_weights)
+            rounded = arm.base in ROUNDED
+            found[key] = faults(
+                arm.name, report, reference, not (arm.own_weights or rounded), approximate=rounded or arm.own_weights
+            )
             print(f"  {arm.name}: {'; '.join(found[key]) or 'passed'}", flush=True)
         return {arm: found[arm.program, str(arm.settings)] for arm in arms if not arm.bound}
+
+    def _gated(self, arm: Arm, precision: str) -> dict[str, Any]:
+        """The report of an arm's two steps, with the file of its gradients."""
+        gradients = self.folder / f"{arm.name}-gate.safetensors"
+        job = {"rows": str(self.files.rows("gate")), "batch": 2, "warmup": 0, "steps": 2, "gradients": str(gradients)}
+        settings = arm.settings | ({"micro": min(2, arm.settings["micro"])} if "micro" in arm.settings else {})
+        report = self.process(arm, f"gate-{precision}", **job, precision=precision, settings=settings)
+        return report | {"gradients": gradients}
 
     def rounds(self, arms: list[Arm], extent: Extent) -> None:
         """The arms in turn, round after round; every round goes on with the next rows."""
@@ -110,17 +144,21 @@ class Bench:
                 warmup, steps = extent.of(arm, round_)
                 if not steps:
                     continue
-                first = round_ * extent.steps * texts.BATCH[arm.workload]
+                if self.until and time.time() > self.until:
+                    print(f"round {round_ + 1}  {arm.label:28} left out: the time is up", flush=True)
+                    continue
+                batch, rows = self.batch(arm.workload), self.files.rows(arm.workload)
+                first = round_ * extent.steps * batch
                 profile = not arm.bound and round_ == 0
                 try:
                     report = self.process(arm, f"{round_}", first=first, warmup=warmup, steps=steps, profile=profile)
                 except Failed as failed:
                     print(failed, flush=True)
                     continue
+                about = f"{texts.about(arm.workload, self.files.folder)}, {texts.rows_a_step(batch)}, {arm.workload}"
                 report |= {"counted": report["steps"][warmup:], "round": round_, "warmup": warmup}
-                report["miscounted"] = miscounted(
-                    report, texts.counts(self.files.rows(arm.workload), first, arm.workload)
-                )
+                report |= {"workload": f"{self.files.name}, {about}"}
+                report["miscounted"] = miscounted(report, texts.counts(rows, first, batch))
                 self.reports.setdefault(arm, []).append(report)
                 numbers = f"{results.speed(report):7.1f} tok/s  {report['peak'] / 2**30:5.2f} GiB"
                 print(
@@ -135,7 +173,7 @@ class Bench:
         """
         racers = [arm for arm in arms if arm.workload == "whole" and not arm.bound and arm in self.reports]
         reference = next((arm for arm in racers if arm.name == REFERENCE), None)
-        if reference is None:
+        if reference is None or not extent.loss_rounds:
             return
         held = {"held_out": str(self.files.rows("held_out")), "warmup": 0}
         losses = self.process(reference, "reference", **held, steps=extent.loss_steps)["held_out"]

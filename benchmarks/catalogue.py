@@ -2,7 +2,8 @@
 
 A peer's best is swept, not guessed: without recomputation, base and adapter in bf16 without autocast, and the step's rows padded to one
 rectangle, one by one without any padding (``-single``), or packed into one row, where the tool can (``-packed``). All of these are arms; a
-claim compares with the fastest of them.
+claim compares with the fastest of them. On a GPU a step has 32 rows, and its arms are others (``ON_GPU``): the peers pad eight rows at
+one time, for 32 of a 7B do not fit beside it without recomputation.
 """
 
 from dataclasses import dataclass, field
@@ -104,6 +105,32 @@ ARMS = (
 )
 
 
+def on_gpu(workload: str) -> tuple[Arm, ...]:
+    """Each tool as it is fastest on a GPU, in the order in which a run that is short of time is to measure them.
+
+    torchtune packs rows up to as many tokens as a micro-batch of the padded arms has, and is compiled as its recipe offers; the
+    others lose by ``torch.compile`` where lengths change, or have none.
+    """
+    at, some = {"workload": workload}, {"micro": 8}
+    once, packed = {"slow": True, **at}, {"packed": 4096, "compile": True}
+    return (
+        Arm(BOUND, "bare_gemms", **at),
+        Arm(LAMINA, "lamina_arm", _LARGE, **at),
+        Arm("peft", "peft_loop", {"adapter": "bf16"} | some, **_P, **at),
+        Arm("torchtune-packed", settings={"checkpointing": False} | packed, **_TUNE, **at),
+        Arm("lamina-fp8", "lamina_arm", {"base": "fp8"} | _LARGE, **at),
+        Arm("lamina-nf4", "lamina_arm", {"base": "nf4"} | _LARGE, **once),
+        Arm("peft-nf4", "peft_loop", {"adapter": "bf16", "base": "nf4"} | some, **_P, **once),
+        Arm("trl-best", "trl_sft", TRL_BEST | some, **_P, **once),
+        Arm("litgpt-best", settings={"precision": "bf16-true"} | some, **_LITGPT, **once),
+        Arm("torchtune-best", settings={"checkpointing": False} | some, **_TUNE, **once),
+    )
+
+
+_LARGE = {"micro_batch_tokens": 8192}  # the plan's choice, which this arm does not ask, is as large as the memory
+ON_GPU = tuple(arm for workload in ("whole", "answers") for arm in on_gpu(workload))
+
+
 @dataclass(frozen=True)
 class Extent:
     """How much is measured: rounds, steps in each, and steps and rounds of the way to the held-out loss."""
@@ -115,20 +142,22 @@ class Extent:
     slow_steps: int
     loss_steps: int
     loss_rounds: int
+    slow_warmup: int = 1
 
     def of(self, arm: Arm, round_: int) -> tuple[int, int]:
         """Warm-up and counted steps of an arm in a round; (0, 0) where it does not take part."""
         if arm.slow:
-            return (1, self.slow_steps) if round_ < self.slow_rounds else (0, 0)
+            return (self.slow_warmup, self.slow_steps) if round_ < self.slow_rounds else (0, 0)
         return self.warmup, self.steps
 
 
 FULL = Extent(rounds=5, warmup=1, steps=5, slow_rounds=3, slow_steps=3, loss_steps=5, loss_rounds=1)
 QUICK = Extent(rounds=2, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)
+GPU = Extent(rounds=2, warmup=2, steps=5, slow_rounds=1, slow_steps=5, loss_steps=0, loss_rounds=0, slow_warmup=2)
 SMOKE = Extent(rounds=1, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)
 
 
-def chosen(names: str | None, workloads: str, quick: bool) -> list[Arm]:
+def chosen(names: str | None, workloads: str, quick: bool, arms: tuple[Arm, ...] = ARMS) -> list[Arm]:
     """The arms of a run: by name, where names are given; else all that need not be named, without the extra ones in a short run.
 
     Raises:
@@ -137,12 +166,12 @@ def chosen(names: str | None, workloads: str, quick: bool) -> list[Arm]:
     asked = names.split(",") if names else None
     over = workloads.split(",")
     for kind, known, given in (
-        ("arm", {arm.name for arm in ARMS}, asked or []),
-        ("workload", {arm.workload for arm in ARMS}, [] if workloads == "all" else over),
+        ("arm", {arm.name for arm in arms}, asked or []),
+        ("workload", {arm.workload for arm in arms}, [] if workloads == "all" else over),
     ):
         if unknown := [name for name in given if name not in known]:
             raise SystemExit(f"no {kind} is called {unknown[0]!r}, expected some of: {', '.join(sorted(known))}")
-    arms = [arm for arm in ARMS if workloads == "all" or arm.workload in over]
+    there = [arm for arm in arms if workloads == "all" or arm.workload in over]
     if asked:
-        return [arm for arm in arms if arm.name in asked]
-    return [arm for arm in arms if not (arm.asked or (quick and arm.extra))]
+        return [arm for arm in there if arm.name in asked]
+    return [arm for arm in there if not (arm.asked or (quick and arm.extra))]

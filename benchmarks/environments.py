@@ -2,9 +2,12 @@
 
 One for each, for no two of them agree on their dependencies: LLaMA-Factory holds transformers, PEFT and TRL back, torchtune needs an
 old torchao. All have the torch that Lamina is measured with.
+
+On a machine without a network none can be made: ``beside`` takes the packages from folders that were laid out by hand.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +37,13 @@ def python(name: str, build: Path) -> Path | None:
         return None
     stamp.write_text(expected)
     return interpreter
+
+
+def beside(sites: Path, name: str) -> str:
+    """PYTHONPATH of an arm whose packages lie in ``sites``: those of its environment, those for all, then what was there before."""
+    folders = [sites / part for part in (name, "common") if part and (sites / part).is_dir()]
+    before = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*(str(folder.resolve()) for folder in folders), *([before] if before else [])])
 
 
 def _quietly(command: list[str]) -> str:

@@ -14,8 +14,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def machine() -> str:
-    """Processor, cores, memory and the instructions that matter, in one line."""
+def machine(device: str = "cpu") -> str:
+    """Processor, cores, memory and the instructions that matter, in one line; before them the GPU, where that is the device."""
     cpu, flags = platform.processor() or platform.machine(), ""
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -25,7 +25,22 @@ def machine() -> str:
         known = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
         flags = " ".join(flag for flag in known if flag in found.get("flags", "").split())
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{cpu}, {cores()} cores, {gib:.0f} GiB{', ' + flags if flags else ''}"
+    line = f"{cpu}, {cores()} cores, {gib:.0f} GiB{', ' + flags if flags else ''}"
+    return f"{gpu()}; {line}" if device == "cuda" else line
+
+
+def gpu() -> str:
+    """The GPU, its memory and driver, and torch's CUDA; asked of the driver's own tool, so that this process takes none of its memory."""
+    import torch
+
+    asked = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits", "--id=0")
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        name, mib, driver = (part.strip() for part in said.splitlines()[0].split(","))
+        return f"{name}, {float(mib) / 2**10:.0f} GiB, driver {driver}, CUDA {torch.version.cuda}"
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        found = torch.cuda.get_device_properties(0)
+        return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def gpu() -> str:
@@ -37,7 +52,9 @@ def gpu() -> str:
 
 
 def commit() -> str:
-    """The commit, marked where Lamina's sources or the benchmark differ from it."""
+    """The commit, marked where Lamina's sources or the benchmark differ from it; LAMINA_COMMIT, where a copy without git is told it."""
+    if told := os.environ.get("LAMINA_COMMIT"):
+        return told
 
     if (given := os.environ.get("LAMINA_COMMIT")) or not (ROOT / ".git").exists():  # a copy without its history
         return given or ""

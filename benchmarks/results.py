@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import machine
-import rows as texts
 from catalogue import LAMINA, Arm
 
 FOLDER = Path(__file__).parent / "results"
@@ -49,8 +48,8 @@ def paired(reports: list[dict[str, Any]], against: list[dict[str, Any]]) -> floa
     return statistics.median(ratios) if ratios else None
 
 
-def rows_of(reports: Reports, found: dict[Arm, list[str]], model: str, fixed: dict[str, str]) -> list[dict[str, Any]]:
-    """A row for each arm; ``faults`` says why it is not to be written."""
+def rows_of(reports: Reports, found: dict[Arm, list[str]], fixed: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each arm; ``faults`` says why it is not to be written, ``fixed`` what all rows of the run have in common."""
     made = []
     for arm, own in reports.items():
         lamina = _beside(reports, arm, lambda other: other.tool == LAMINA and other.base == arm.base)  # noqa: B023
@@ -58,7 +57,7 @@ def rows_of(reports: Reports, found: dict[Arm, list[str]], model: str, fixed: di
         rates, factor, over = [speed(r) for r in own], paired(own, lamina), paired(own, bare)
         loud = max(statistics.median(map(noise, group)) for group in (own, lamina) if group)
         values = fixed | {
-            "workload": f"{model}, {texts.about(arm.workload)}, {texts.rows_a_step(arm.workload)}, {arm.workload}",
+            "workload": own[0]["workload"],
             "arm": arm.name,
             "settings": json.dumps(arm.settings),
             "tok_s": _round(statistics.median(rates), 1),
@@ -72,7 +71,6 @@ def rows_of(reports: Reports, found: dict[Arm, list[str]], model: str, fixed: di
             "warmup": own[0]["warmup"],
             "steps": len(own[0]["counted"]),
             "versions": " ".join(f"{name} {version}" for name, version in own[0]["versions"].items()),
-            "machine": machine.machine(),
             "threads": own[0]["threads"],
             "others": _round(loud, 3),
             "bound_tok_s": _round(statistics.median(map(speed, bare)), 1) if bare else "",

@@ -25,7 +25,8 @@ DATA = ROOT.parent / "shared" / "data"
 ROWS, LONGEST, SHORT, LONG, IGNORED, SEED, VERSION = 256, 512, 160, 2048, -100, 1, 4
 HELD_OUT = 8
 BATCH = {"whole": 4, "answers": 4, "templated": 16, "dense": 4, "long": 1}
-"""Rows an optimiser step, by workload."""
+"""Rows an optimiser step, by workload; a large model's step has ``LARGER`` times as many, or it would not fill a GPU."""
+LARGER = 8
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{question}\n\n### Response:\n"
@@ -39,27 +40,34 @@ def real() -> bool:
     return all((DATA / name).is_dir() for name in ("guanaco-llama2-1k", "llama2-tokenizer", "gsm8k"))
 
 
-def about(workload: str) -> str:
-    """Which rows these are, in words."""
+def made_of_real(folder: Path) -> bool:
+    """Whether the files in ``folder`` were made from the real texts, which need not be at hand any more."""
+    stamp = folder / "made.json"
+    return stamp.exists() and bool(json.loads(stamp.read_text(encoding="utf-8"))["real"])
+
+
+def about(workload: str, folder: Path) -> str:
+    """Which rows the files in ``folder`` hold, in words."""
     texts = {
         "templated": f"{ROWS} rows of gsm8k in a template, at most {SHORT} tokens",
         "dense": f"guanaco-llama2-1k in rows of {LONGEST}",
         "long": f"guanaco-llama2-1k in rows of {LONG}",
     }
     text = texts.get(workload, f"guanaco-llama2-1k[:{ROWS}] cut at {LONGEST}")
-    return text if real() else f"random tokens in the place of {text}"
+    return text if made_of_real(folder) else f"random tokens in the place of {text}"
 
 
-def rows_a_step(workload: str) -> str:
+def rows_a_step(rows: int) -> str:
     """How many rows a step has, in words."""
-    return f"{BATCH[workload]} row{'s' if BATCH[workload] > 1 else ''} a step"
+    return f"{rows} row{'s' if rows > 1 else ''} a step"
 
 
 def write(folder: Path) -> Path:
-    """Writes all files of rows, once."""
-    stamp, expected = folder / "made.json", {"real": real(), "version": VERSION}
+    """Writes all files of rows, once; files of the real texts are kept where the texts are not at hand."""
+    stamp, expected = folder / "made.json", {"real": real() or made_of_real(folder), "version": VERSION}
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == expected:
         return folder
+    expected["real"] = real()
     folder.mkdir(parents=True, exist_ok=True)
     chat, short = (_chat(), _templated()) if real() else (_random(377, LONGEST, 0.3), _random(140, SHORT, 0.5))
     rows = list(itertools.islice(chat, ROWS + 64 + HELD_OUT))
@@ -85,14 +93,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def counts(path: Path, first: int, workload: str) -> Iterator[tuple[int, int]]:
-    """Tokens and targets of each step's rows, from the row ``first``; without end."""
+def counts(path: Path, first: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Tokens and targets of each step's rows, ``batch`` of them, from the row ``first``; without end."""
     with path.open(encoding="utf-8") as lines:
         known = [
             (len(row["input_ids"]), sum(x != IGNORED for x in row["labels"][1:])) for row in map(json.loads, lines)
         ]
-    for start in itertools.count(first, BATCH[workload]):
-        step = [known[index % len(known)] for index in range(start, start + BATCH[workload])]
+    for start in itertools.count(first, batch):
+        step = [known[index % len(known)] for index in range(start, start + batch)]
         yield sum(tokens for tokens, _ in step), sum(targets for _, targets in step)
 
 

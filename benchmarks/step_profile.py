@@ -1,7 +1,8 @@
 """Where the time of one of Lamina's steps goes, and what the machine's bare GEMMs of the same shapes would take.
 
 The bound is the time of the GEMMs alone: the same weights and sizes, outputs allocated beforehand, nothing in between.
-Steps and GEMMs take turns, so that what the machine does meanwhile falls on both.
+Steps and GEMMs take turns, so that what the machine does meanwhile falls on both. On a GPU the model is random and made there,
+without files, and time is that of its kernels, under the operation that started them (``gpu_profile.py``).
 """
 
 import collections
@@ -71,6 +72,7 @@ def bound(bare: BareGemms, steps: Iterator) -> None:
     for _ in range(STEPS):
         began = time.perf_counter()
         step = next(steps)
+        bare.wait()
         spent["step"].append(time.perf_counter() - began)
         bare.size(step.tokens, step.supervised_tokens)
         seconds, counts = bare.timed()
@@ -98,7 +100,7 @@ def where(steps: Iterator) -> None:
     wall = time.perf_counter() - began
     groups, parts = collections.Counter(), collections.defaultdict(collections.Counter)
     for event in profiler.events():
-        group = _group(event)
+        group = group_of(event)
         groups[group] += event.self_cpu_time_total / 1e6
         parts[group][event.name] += event.self_cpu_time_total / 1e6
     groups["between the operations (Python, packing)"] = wall - sum(groups.values())
@@ -109,9 +111,9 @@ def where(steps: Iterator) -> None:
     print(f"  {'all':40}{wall / STEPS * 1e3:8.1f}")
 
 
-def _group(event: torch.autograd.profiler_util.FunctionEvent) -> str:
+def group_of(event: torch.autograd.profiler_util.FunctionEvent) -> str:
     gemm, place = event.name in GEMMS, event
-    if "scaled_dot_product" in event.name:
+    if any(part in event.name for part in ("scaled_dot_product", "flash_attention")):
         return "attention"
     while place is not None:
         for part, group in SCOPES.items():
@@ -123,4 +125,4 @@ def _group(event: torch.autograd.profiler_util.FunctionEvent) -> str:
     return "GEMM, frozen and LoRA" if gemm else "elementwise and other"
 
 
-__all__ = ["main"]
+__all__ = ["bound", "group_of", "main"]

@@ -46,6 +46,8 @@ MODELS = {
 }
 """15 M, 134 M and 1.1 B (TinyLlama's shape) for a CPU; Llama-2-7B's, Llama-3-8B's and Llama-2-70B's for a GPU."""
 ON_GPU = ("7b", "8b", "70b")
+GATES = "134m"
+"""On a GPU the gates ask this model: two steps of a large one in fp32 take minutes, and its gradients gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Files:
     @property
     def about(self) -> str:
         """Which rows ``whole`` has."""
-        return rows.about("whole")
+        return rows.about("whole", self.folder)
 
     @property
     def name(self) -> str:
@@ -138,9 +140,12 @@ def _write_adapter(files: Files, shape: Shape) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from lamina import LoRA, attach, load_model, save_adapter
+    from lamina import LoRA, attach, save_adapter
+    from lamina.model.weights import outline
 
-    model = load_model(files.model, "bf16", "cpu")
+    model, _ = outline(files.model, torch.bfloat16)
+    model.to_empty(device="cpu")  # an adapter asks for the shapes alone: the weights are never read, nor touched
+    model.fingerprint = ""
     lora = LoRA(rank=shape.rank, alpha=16.0, layers=shape.adapted)
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from common import Job, Record, supervised
 
-SLICE = 512
-"""Supervised rows whose logits exist at one time."""
+SLICE = {"cpu": 512, "cuda": 4096}
+"""Supervised rows whose logits exist at one time: as many as the device is fast with."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class BareGemms:
         self.a = [torch.randn(self.rank, linear.width, **make) * 0.02 for linear in self.linears]
         self.b = [torch.randn(linear.out, self.rank, **make) * 0.02 for linear in self.linears]
         self.vocabulary = torch.randn(vocabulary, self.width, **make) * 0.02
-        self.make = make
+        self.make, self.slice = make, SLICE[device]
         self.size(1, 1)
 
     def size(self, tokens: int, targets: int) -> None:
@@ -71,7 +71,7 @@ class BareGemms:
         self.a_grad = {w: torch.zeros(self.rank, w, **self.make) for w in widths}
         self.b_grad = {w: torch.zeros(w, self.rank, **self.make) for w in widths}
         self.hidden = torch.randn(targets, self.width, **self.make)
-        self.logits = torch.zeros(min(SLICE, targets), len(self.vocabulary), **self.make)
+        self.logits = torch.zeros(min(self.slice, targets), len(self.vocabulary), **self.make)
 
     def groups(self) -> dict[str, tuple[Callable[[], None], float]]:
         """Each group's work and its FLOPs."""
@@ -108,7 +108,7 @@ class BareGemms:
                 self.out[linear.width].addmm_(self.narrow_grad, a)
 
     def head(self) -> None:
-        for part in self.hidden.split(SLICE):
+        for part in self.hidden.split(self.slice):
             logits = self.logits[: len(part)]
             torch.mm(part, self.vocabulary.t(), out=logits)
             torch.mm(logits, self.vocabulary)
@@ -117,14 +117,15 @@ class BareGemms:
         """Seconds and FLOPs of each group, run once."""
         seconds, flops = {}, {}
         for name, (work, count) in self.groups().items():
-            self._wait()
+            self.wait()
             began = time.perf_counter()
             work()
-            self._wait()
+            self.wait()
             seconds[name], flops[name] = time.perf_counter() - began, count
         return seconds, flops
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the device has done its work."""
         if self.make["device"] != "cpu":
             torch.cuda.synchronize()
 

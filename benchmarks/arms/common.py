@@ -32,6 +32,7 @@ GEMMS = {
     "aten::baddbmm",
     "aten::mkldnn_linear",
     "aten::_int_mm",
+    "aten::_scaled_mm",
 }
 GEMMS |= {"lamina::products", "lamina::integer_products"}  # where Lamina's own kernels are told to the profiler
 GEMMS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}  # litgpt multiplies by B as a convolution
@@ -140,6 +141,8 @@ class Record:
         self.held_out: list[float] = []
         self.divisor, self.peak, self.gemm_share, self._stood = 1, 0, None, 0.0
         self._profiler: Any = None
+        if job.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()  # of training: how an arm's weights came there says nothing of its tool
         parts = {name: part if isinstance(part, Part) else Part(part) for name, part in trained.items()}
         self._silent, self._gradients = set(parts), {}
         self._handles = [
@@ -167,7 +170,8 @@ class Record:
         seconds, used = time.perf_counter() - self._began, others() - self._others
         if self._profiler:
             self._profiler.__exit__(None, None, None)
-            self.gemm_share, self._profiler = gemm_seconds(self._profiler) / seconds, None
+            spent, self._profiler = gemm_seconds(self._profiler, self.job.device), None
+            self.gemm_share = spent / seconds if spent else None
             return
         step = {"seconds": seconds, "loss": loss, "tokens": tokens, "supervised": supervised, "others": used}
         self.steps.append(step | {"since_start": time.time() - self.job.spawned - self._stood})
@@ -194,6 +198,8 @@ class Record:
 
     def write(self) -> None:
         """Writes the report. ``divisor`` turns summed gradients into the mean's."""
+        if self.job.precision == "fp32":
+            assert torch.get_float32_matmul_precision() == "highest", "a product in fp32 was rounded to TF32"
         if self.job.gradients:
             from safetensors.torch import save_file
 
@@ -215,15 +221,14 @@ def held_out_loss(logits: Callable[[Tensor], Tensor], rows: list[Row], device: s
     return total / count
 
 
-def gemm_seconds(profiler: Any) -> float:
-    """Seconds inside matrix products, attention's own not counted."""
-    events = profiler.key_averages()
-    on_device = sum(e.self_device_time_total for e in events if e.key in GEMMS)
-    return (on_device or sum(e.self_cpu_time_total for e in events if e.key in GEMMS)) / 1e6
+def gemm_seconds(profiler: Any, device: str = "cpu") -> float:
+    """Seconds inside matrix products, attention's own not counted; on a GPU those of the kernels that they started."""
+    own = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    return sum(getattr(e, own) for e in profiler.key_averages() if e.key in GEMMS) / 1e6
 
 
 def peak(device: str) -> int:
-    """Most memory so far, in bytes: of the process, or on a GPU of its allocations there."""
+    """Most memory so far, in bytes: of the process, or on a GPU of its allocations there since the model was loaded."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -233,8 +238,11 @@ def others() -> float:
     """Processor seconds, of all cores, that this process did not get: used by others or taken by the host. Linux only."""
     if sys.platform != "linux":
         return 0.0
-    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
+    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}  # a container may see the cores of its host
+    with Path("/proc/stat").open() as lines:
+        cores = [[int(word) for word in line.split()[1:9]] for line in lines if line.split(maxsplit=1)[0] in mine]
+    busy = sum(sum(core) - core[3] - core[4] for core in cores)  # all but idle and waiting for a disk
+    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def supervised(rows: list[Row]) -> int:

@@ -9,6 +9,7 @@ as in every other arm.
 """
 
 from importlib.metadata import version
+from typing import Any
 
 import lightning
 import torch
@@ -75,8 +76,9 @@ def load(job: Job, fabric: lightning.Fabric, config: Config) -> GPT:
         model = GPT(config)
     mark_only_lora_as_trainable(model)
     state: dict[str, Tensor] = {}
+    waiting: dict[int, Any] = {}  # q, k and v become one matrix, and may lie in different files
     for file in weight_files(job.model):
-        copy_weights_hf_llama(config, {}, state, load_file(file))
+        copy_weights_hf_llama(config, waiting, state, load_file(file, device=job.device))
     misfit = model.load_state_dict(state, strict=False)
     assert not misfit.unexpected_keys and all("lora_" in key for key in misfit.missing_keys), misfit
     return model

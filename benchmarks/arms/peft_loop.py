@@ -17,8 +17,10 @@ def load(job: Job) -> peft.PeftModel:
     """The base with the adapter that all arms begin with; settings["adapter"] is the precision of A and B, settings["base"] the
     form in which bitsandbytes keeps the base's linears."""
     how = {"dtype": job.dtype, "attn_implementation": "sdpa"}
+    if job.device != "cpu":
+        how["device_map"] = {"": 0}
     if base := job.settings.get("base"):
-        how |= {"quantization_config": quantised(base, job.dtype), "device_map": job.device}
+        how |= {"quantization_config": quantised(base, job.dtype), "device_map": how.get("device_map", job.device)}
     model = transformers.AutoModelForCausalLM.from_pretrained(job.model, **how)
     wide = job.settings.get("adapter", "fp32") == "fp32"
     model = peft.PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=wide)

@@ -27,6 +27,7 @@ def report(round_: int, speed: float, **more: Any) -> dict[str, Any]:
     """What a process of an arm reports of one counted step of 100 tokens."""
     step = {"seconds": 100 / speed, "tokens": 100, "supervised": 50, "loss": 2.0, "others": 0.0}
     known = {"peak": 2**30, "silent": [], "gemm_share": None, "threads": 2, "versions": {"torch": "2"}, "warmup": 1}
+    known["workload"] = "m, rows, 4 rows a step, whole"
     return known | {"counted": [step], "round": round_} | more
 
 
@@ -34,7 +35,7 @@ def rows(reports: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     catalogue, results = module("catalogue"), module("results")
     arms = {arm.name: arm for arm in reversed(catalogue.ARMS) if arm.workload == "whole"}
     made = results.rows_of(
-        {arms[name]: own for name, own in reports.items()}, {}, "m", {"date": "d", "commit": "c", "run": "r"}
+        {arms[name]: own for name, own in reports.items()}, {}, {"date": "d", "commit": "c", "run": "r", "machine": "x"}
     )
     return {row["arm"]: row for row in made}
 
@@ -120,9 +121,144 @@ def test_rows_without_the_data_are_random_ones_of_like_lengths(tmp_path: Path, m
     assert {name: longest[name] for name in expected} == expected
     assert (len(known["gate"]), len(known["held_out"])) == (4, 8)
     assert all(any(label != -100 for label in row["labels"][1:]) for rows in known.values() for row in rows)
-    assert texts.about("whole") == "random tokens in the place of guanaco-llama2-1k[:256] cut at 512"
-    first, second, _ = zip(range(3), texts.counts(folder / "dense.jsonl", 2, "dense"), strict=False)
+    assert texts.about("whole", folder) == "random tokens in the place of guanaco-llama2-1k[:256] cut at 512"
+    first, second, _ = zip(range(3), texts.counts(folder / "dense.jsonl", 2, 4), strict=False)
     assert first[1] == second[1] == (4 * 512, 4 * 511)
+
+
+def test_rows_of_the_real_texts_are_kept_where_the_texts_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = module("rows")
+    monkeypatch.setattr(texts, "DATA", tmp_path / "none")
+    (tmp_path / "made.json").write_text(json.dumps({"real": True, "version": texts.VERSION}))
+    texts.write(tmp_path)
+    assert not list(tmp_path.glob("*.jsonl"))
+    assert texts.about("whole", tmp_path) == "guanaco-llama2-1k[:256] cut at 512"
+    (tmp_path / "made.json").write_text(json.dumps({"real": True, "version": texts.VERSION - 1}))
+    texts.write(tmp_path)
+    assert (tmp_path / "whole.jsonl").exists() and texts.about("dense", tmp_path).startswith("random tokens")
+
+
+def test_an_adapter_is_drawn_from_shapes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are not even there; the file is the one that the loaded model gives."""
+    from safetensors.torch import load_file
+
+    from lamina import LoRA, attach, load_model
+
+    workload = module("workload")
+    monkeypatch.setattr(module("rows"), "DATA", tmp_path / "none")
+    files = workload.prepare(tmp_path, workload.TINY)
+    model = load_model(files.model, "bf16", "cpu")
+    drawn = attach(model, LoRA(rank=workload.TINY.rank, alpha=16.0), workload.SEED)
+    weights = files.adapter / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    for path, matrix in load_file(weights).items():
+        if "lora_A" in path:
+            assert matrix.equal(drawn[path.removeprefix("base_model.model.").partition(".lora_")[0]].a)
+    for file in files.model.glob("*.safetensors"):
+        data = file.read_bytes()
+        file.write_bytes(data[: -len(data) // 2] + bytes(len(data) - len(data[: -len(data) // 2])))  # other numbers
+    workload._write_adapter(files, workload.TINY)
+    assert weights.read_bytes() == before
+
+
+def test_the_arms_of_a_gpu() -> None:
+    catalogue = module("catalogue")
+    arms = catalogue.chosen(None, "whole", False, catalogue.ON_GPU)
+    names = [arm.name for arm in arms]
+    assert names[:4] == ["bare-gemms", "lamina", "peft", "torchtune-packed"]
+    references = {arm.base for arm in arms if arm.tool == "peft"}
+    assert references == {"bf16", "nf4"}
+    padded = [arm for arm in arms if arm.environment and "packed" not in arm.settings]
+    assert all(arm.settings["micro"] == 8 for arm in padded)
+    slow = next(arm for arm in arms if arm.slow)
+    assert (catalogue.GPU.of(slow, 0), catalogue.GPU.of(slow, 1)) == ((2, 5), (0, 0))
+
+
+def test_a_larger_step_and_packages_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, environments, catalogue = module("bench"), module("environments"), module("catalogue")
+    monkeypatch.setattr(bench, "BUILD", tmp_path / "build")
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "common").mkdir()
+    monkeypatch.setenv("PYTHONPATH", "src")
+    expected = [str(tmp_path / "peft"), str(tmp_path / "common"), "src"]
+    assert environments.beside(tmp_path, "peft").split(os.pathsep) == expected
+    assert environments.beside(tmp_path, "").split(os.pathsep) == expected[1:]
+    made = bench.Bench(None, "r", larger=8, sites=tmp_path)
+    arms = catalogue.chosen("peft,litgpt-best", "whole", False, catalogue.ON_GPU)
+    assert made.able(arms) == arms  # nothing is installed
+    assert set(made.pythons.values()) == {Path(sys.executable)} and made.batch("whole") == 32
+
+
+def test_no_measurement_starts_when_the_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench, catalogue = module("bench"), module("catalogue")
+    monkeypatch.setattr(bench, "BUILD", tmp_path)
+    made = bench.Bench(None, "r", until=1.0)
+    made.rounds(catalogue.chosen("lamina", "whole", False), catalogue.SMOKE)
+    assert made.reports == {} and "left out: the time is up" in capsys.readouterr().out
+
+
+def test_gates_without_their_reference_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, catalogue, workload = module("bench"), module("catalogue"), module("workload")
+    monkeypatch.setattr(bench, "BUILD", tmp_path)
+    made = bench.Bench(workload.Files(tmp_path / "m" / "model", tmp_path / "adapter-r8", tmp_path), "r")
+
+    def process(arm: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        if arm.name == "peft":
+            raise bench.Failed("peft: ended")
+        return {"silent": [], "steps": []}
+
+    monkeypatch.setattr(made, "process", process)
+    arms = catalogue.chosen("lamina,peft", "whole", False)
+    found = {arm.name: faults for arm, faults in made.gate(arms, at_once=2).items()}
+    assert found == {"peft": ["alive: its process fails"], "lamina": ["fp32: no gate of peft to compare with"]}
+
+
+def test_a_row_names_the_gpu_and_a_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = module("machine")
+    said = subprocess.CompletedProcess([], 0, stdout="NVIDIA H100 80GB HBM3, 81559, 580.1\n")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: said)
+    assert machine.machine("cuda").startswith("NVIDIA H100 80GB HBM3, 80 GiB, driver 580.1, CUDA ")
+    assert machine.machine("cuda").endswith("; " + machine.machine())
+    monkeypatch.setenv("LAMINA_COMMIT", "1234abc")
+    assert machine.commit() == "1234abc"
+
+
+def test_kernels_count_under_the_operation_that_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace as Event
+
+    import torch
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "arms"))
+    profile = module("gpu_profile")
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def op(name: str, parent: Any = None, shapes: Any = (), **kernels: float) -> Event:
+        own = [Event(name=kernel, duration=1e6 * seconds) for kernel, seconds in kernels.items()]
+        what = {"name": name, "device_type": cpu, "is_user_annotation": name == "mark", "cpu_parent": parent}
+        return Event(**what, input_shapes=shapes, kernels=own)
+
+    def kernel(name: str, seconds: float) -> Event:
+        spent = Event(elapsed_us=lambda: 1e6 * seconds)
+        return Event(name=name, device_type=cuda, is_user_annotation=name == "mark", time_range=spent)
+
+    norm, loss = op("_RMSNormBackward"), op("_CrossEntropySumBackward")
+    events = [
+        op("aten::mm", None, ([9, 8], [8, 64]), narrow=1.0),
+        op("aten::mm", None, ([9, 8], [8, 8]), wide=2.0),
+        op("aten::mm", loss, ([9, 8], [8, 32]), head=3.0),
+        op("aten::mul", norm, norm=4.0),
+        op("mark", None, mark=100.0),
+        *(kernel(name, seconds) for name, seconds in [("narrow", 1.0), ("wide", 2.0), ("head", 3.0), ("norm", 4.0)]),
+        *(kernel(name, seconds) for name, seconds in [("mark", 100.0), ("lost", 5.0), ("lost", 5.0)]),
+    ]
+    groups, kernels, busy = profile.spent(events, rank=64)
+    expected = {"GEMM, LoRA": 1.0, "GEMM, frozen": 2.0, "GEMM, head": 3.0, "norm": 4.0, "started by no operation": 10.0}
+    assert {name: seconds for name, seconds in groups.items() if seconds} == expected
+    assert busy == 20.0 and kernels["lost"] == [10.0, 2]
 
 
 def test_the_bound_counts_the_products_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
