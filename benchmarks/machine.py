@@ -43,21 +43,10 @@ def gpu() -> str:
         return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
-def gpu() -> str:
-    """Name and memory of the GPU, and the CUDA that torch was built for."""
-    import torch
-
-    found = torch.cuda.get_device_properties(0)
-    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-
-
 def commit() -> str:
     """The commit, marked where Lamina's sources or the benchmark differ from it; LAMINA_COMMIT, where a copy without git is told it."""
-    if told := os.environ.get("LAMINA_COMMIT"):
-        return told
-
-    if (given := os.environ.get("LAMINA_COMMIT")) or not (ROOT / ".git").exists():  # a copy without its history
-        return given or ""
+    if (told := os.environ.get("LAMINA_COMMIT")) or not (ROOT / ".git").exists():
+        return told or ""
 
     def git(*words: str) -> str:
         return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
