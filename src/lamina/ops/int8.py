@@ -282,11 +282,10 @@ def plain_product(a: Int[Tensor, "N D"], b: Int[Tensor, "D out"], out: Int[Tenso
 
 def cuda_product(a: Int[Tensor, "N D"], b: Int[Tensor, "D out"], out: Int[Tensor, "N out"]) -> None:
     """Writes a·b as cuBLAS takes it: more than 16 rows on the left, columns that are contiguous on the right."""
-    rows = len(a)
     if b.stride(0) != 1:
         b = b.t().contiguous().t()
-    if rows < 32:
-        out.copy_(torch._int_mm(F.pad(a, (0, 0, 0, 32 - rows)), b)[:rows])
+    if len(a) < 32:
+        out.copy_(torch._int_mm(F.pad(a, (0, 0, 0, 32 - len(a))), b)[: len(a)])
     else:
         torch._int_mm(a, b, out=out)
 
