@@ -1,7 +1,5 @@
 """What the FP8 products need beside their GEMM: rows in e4m3 with a scale each, in one pass, and the transpose of a weight's bytes."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,15 +13,15 @@ TILE = 64
 
 @triton.jit
 def _rows(
-    x: Any,
-    factors: Any,
-    codes: Any,
-    scales: Any,
-    width: Any,
+    x,
+    factors,
+    codes,
+    scales,
+    width,
     SMALLEST: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < width
     numbers = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
@@ -47,7 +45,7 @@ def quantise_rows(x: Tensor, factors: Tensor | None, smallest: float, largest: f
 
 
 @triton.jit
-def _turn(bytes_: Any, out: Any, rows: Any, columns: Any, TILE: tl.constexpr) -> None:
+def _turn(bytes_, out, rows, columns, TILE: tl.constexpr):
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     column = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
     tile = tl.load(

@@ -1,7 +1,5 @@
 """Norm, gate and rotation: one pass over a tensor each, in fp32, rounded once. All take and give contiguous tensors."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +15,7 @@ def warps(block: int) -> int:
 
 
 @triton.jit
-def _norm(x: Any, weight: Any, out: Any, width: Any, eps: Any, BLOCK: tl.constexpr) -> None:
+def _norm(x, weight, out, width, eps, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < width
     numbers = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
@@ -27,7 +25,7 @@ def _norm(x: Any, weight: Any, out: Any, width: Any, eps: Any, BLOCK: tl.constex
 
 
 @triton.jit
-def _norm_back(x: Any, weight: Any, grad: Any, out: Any, width: Any, eps: Any, BLOCK: tl.constexpr) -> None:
+def _norm_back(x, weight, grad, out, width, eps, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < width
     numbers = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
@@ -56,7 +54,7 @@ def norm_back(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def _gate(gate: Any, up: Any, out: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def _gate(gate, up, out, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
@@ -64,7 +62,7 @@ def _gate(gate: Any, up: Any, out: Any, count: Any, BLOCK: tl.constexpr) -> None
 
 
 @triton.jit
-def _gate_back(gate: Any, up: Any, grad: Any, gate_grad: Any, up_grad: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def _gate_back(gate, up, grad, gate_grad, up_grad, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
@@ -91,9 +89,7 @@ def gate_back(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _rotate(
-    x: Any, cos: Any, sin: Any, out: Any, count: Any, heads: Any, half: Any, sign: Any, BLOCK: tl.constexpr
-) -> None:
+def _rotate(x, cos, sin, out, count, heads, half, sign, BLOCK: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside, head, place = pair < count, pair // half, pair % half
     angle = head // heads * half + place

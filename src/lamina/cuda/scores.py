@@ -1,7 +1,5 @@
 """Cross-entropy of a slice of logits: its losses, and softmax - onehot in place of the logits."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,9 +9,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _cross_entropy(
-    logits: Any, targets: Any, losses: Any, WIDTH: tl.constexpr, DIFFERENTIATE: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
+def _cross_entropy(logits, targets, losses, WIDTH: tl.constexpr, DIFFERENTIATE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target, at = tl.load(targets + row), tl.arange(0, BLOCK)
     logits += row * WIDTH
