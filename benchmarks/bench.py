@@ -149,7 +149,7 @@ class Bench:
                     continue
                 batch, rows = self.batch(arm.workload), self.files.rows(arm.workload)
                 first = round_ * extent.steps * batch
-                profile = not arm.bound and round_ == 0
+                profile = not arm.bound and round_ == 0 and not (arm.slow and self.device == "cuda")
                 try:
                     report = self.process(arm, f"{round_}", first=first, warmup=warmup, steps=steps, profile=profile)
                 except Failed as failed:

@@ -124,6 +124,7 @@ def on_gpu(workload: str) -> tuple[Arm, ...]:
         Arm("trl-best", "trl_sft", TRL_BEST | some, **_P, **once),
         Arm("litgpt-best", settings={"precision": "bf16-true"} | some, **_LITGPT, **once),
         Arm("torchtune-best", settings={"checkpointing": False} | some, **_TUNE, **once),
+        Arm("unsloth", "unsloth_arm", some, environment="unsloth", **once),
     )
 
 

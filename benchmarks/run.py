@@ -42,7 +42,6 @@ def compare(options: argparse.Namespace) -> None:
             f"--only {options.only}: the gates compare with {catalogue.REFERENCE}; name it too, or give --no-gates"
         )
     device = "cuda" if name in workload.ON_GPU else "cpu"
-    refuse_without_gpu(name)
     until = time.time() + 60 * options.minutes if options.minutes else None
     date, commit, run = results.stamp()
     if options.resume:
@@ -127,8 +126,9 @@ def main() -> None:
 
         proof.main(options.tiny)
     else:
-        on_gpu = options.model in workload.ON_GPU and not options.tiny
-        print(machine.machine("cuda" if on_gpu else "cpu"), flush=True)
+        name = "tiny" if options.tiny else options.model
+        refuse_without_gpu(name)
+        print(machine.machine("cuda" if name in workload.ON_GPU else "cpu"), flush=True)
         compare(options)
 
 

@@ -76,9 +76,11 @@ class Job:
 
     @classmethod
     def read(cls) -> "Job":
-        """The job that the command line names; sets the number of threads."""
+        """The job that the command line names; sets the number of threads, and that fp32 is fp32 in convolutions too."""
         job = cls(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
         torch.set_num_threads(job.threads)
+        if job.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # on a GPU torch rounds them by itself, and litgpt's B is one
         return job
 
     @property
