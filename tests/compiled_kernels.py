@@ -51,7 +51,7 @@ def main() -> None:
                 ptx = compiled(kernel, types, constants, kind)
                 whole = len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx))
                 every = len(re.findall(r"(?:ld|st)\.global", ptx))
-                print(kind, kernel.__name__, whole, every - whole)
+                sys.stdout.write(f"{kind} {kernel.__name__} {whole} {every - whole}\n")
 
 
 if __name__ == "__main__":
