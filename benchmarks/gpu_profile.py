@@ -23,14 +23,13 @@ import step_profile
 import torch
 from bare_gemms import BareGemms
 from common import GEMMS, Row, read_rows, supervised
+from drawn import drawn
 from lamina_arm import InOrder
 from torch.profiler import ProfilerActivity, profile
 from workload import SEED, Shape
 
 from lamina import LoRA, attach
-from lamina.model.architecture import read_architecture
 from lamina.model.decoder import Decoder
-from lamina.model.quantised import quantise_leaves, quantised_of
 from lamina.training.loop import Step, Training, start, train
 
 WARMUP, STEPS, WATCHED, MOST, PORTION = 2, 5, 2, 25, 8192
@@ -70,18 +69,7 @@ def main(folder: Path, shape: Shape, bases: list[str], device: str = "cuda") -> 
 
 def random_model(shape: Shape, base: str | None, device: str) -> Decoder:
     """A Llama of this shape with random weights and a random adapter, made where it computes."""
-    with torch.device("meta"):
-        model = Decoder(read_architecture(checkpoint.config_of(shape), "config.json"))
-    model.to(torch.bfloat16)
-    if base:
-        quantise_leaves(model, base, True, torch.bfloat16)
-    model.requires_grad_(False).to_empty(device=device)
-    torch.manual_seed(SEED)
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(0.0, checkpoint.STD) if "norm" not in name else parameter.data.fill_(1.0)
-    for leaf in quantised_of(model):
-        weight = torch.empty(leaf.out_features, leaf.in_features, dtype=torch.bfloat16, device=device)
-        leaf.form.store(weight.normal_(0.0, checkpoint.STD))
+    model = drawn(shape, torch.bfloat16, torch.device(device), base)
     with torch.no_grad():
         for module in attach(model, LoRA(rank=shape.rank, alpha=16.0), SEED).values():
             module.b.normal_(0.0, 0.01)
