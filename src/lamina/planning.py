@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lamina.data.pack import Batch
@@ -123,11 +124,14 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planne
         ConfigError: an adapter that does not fit the model.
     """
     device = pick_device(job.model.device)
-    # Loaded by torch.optim and torch.utils.checkpoint at their first use: then it would be taken from what is free here.
-    importlib.import_module("torch._dynamo")
-    free = available(device) if job.train.memory_gib is None else round(job.train.memory_gib * GIB)
+    free = _free(job, device)
     needs = _Needs(job, base, data.train, data.train.lengths, device.type)
     choice, found, fits = needs.choose(free)
+    if choice.checkpointed or job.train.optimizer != "adamw":
+        # These load it at their first use: then it would be taken from what was free here.
+        importlib.import_module("torch._dynamo")
+        free = _free(job, device)
+        choice, found, fits = needs.choose(free)
     training = replace(job.train, micro_batch_tokens=choice.tokens, checkpoint_layers=choice.checkpointed)
     lengths = data.train.lengths
     tokens = tokens_of(lengths, job.train, job.head.seed, order_of(job, lengths))
@@ -152,6 +156,11 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planne
         ways = ways_out(job, int(lengths.max()), needed, free)
     batch = needs.heaviest(choice.tokens).first
     return Planned(found, training, batch, fits, free, device.type, seconds, tokens, layers, ways)
+
+
+def _free(job: Job, device: torch.device) -> int:
+    """Bytes that the run may take now."""
+    return available(device) if job.train.memory_gib is None else round(job.train.memory_gib * GIB)
 
 
 def compared(planned: Planned, measured: int) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import Literal
 
 import torch
@@ -57,6 +58,16 @@ def check_pages(kind: Kind, device: torch.device) -> None:
         )
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without its decorators: they load torch's compiler, for a second, only to tell it that it must not compile these."""
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
 def adamw(
     kind: Kind, parameters: Iterable[nn.Parameter], weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
@@ -67,7 +78,7 @@ def adamw(
     """
     parameters = list(parameters)
     if kind == "adamw":
-        return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        return AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
     check_pages(kind, parameters[0].device)
     from lamina.ops.library import bitsandbytes
 
