@@ -8,7 +8,11 @@ Triton's interpreter runs the same kernels on a CPU, slowly (``TRITON_INTERPRET=
 """
 
 import importlib.util
+import os
+import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,9 +25,23 @@ def takes(*tensors: Tensor) -> bool:
 
 def available(device: str, dtype: torch.dtype) -> bool:
     """Whether there are kernels for a kind of device and a precision: for bf16 on CUDA, where there is Triton."""
-    return device == "cuda" and dtype == torch.bfloat16 and _triton()
+    return device == "cuda" and dtype == torch.bfloat16 and not missing()
+
+
+def about(device: str, dtype: torch.dtype) -> str:
+    """For the lines that say what a run computes with: what is missing, where these kernels could compute."""
+    return (
+        f" by torch's own kernels (no {missing()}; slower)"
+        if device == "cuda" and dtype == torch.bfloat16 and missing()
+        else ""
+    )
 
 
 @cache
-def _triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def missing() -> str:
+    """What Triton lacks here: itself, or a C compiler and Python's headers, with which it makes what starts a kernel."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "C compiler"
+    return "" if (Path(sysconfig.get_paths()["include"]) / "Python.h").exists() else "headers of Python"

@@ -13,13 +13,13 @@ def _cross_entropy(logits, targets, losses, WIDTH: tl.constexpr, DIFFERENTIATE: 
     row = tl.program_id(0).to(tl.int64)
     target, at = tl.load(targets + row), tl.arange(0, BLOCK)
     logits += row * WIDTH
+    chosen = tl.load(logits + target).to(tl.float32)  # before anything is written in its place
     highest, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
     for start in range(0, WIDTH, BLOCK):
         part = tl.load(logits + start + at, mask=start + at < WIDTH, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(highest, tl.max(part))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(part - higher))
         highest = higher
-    chosen = tl.load(logits + target).to(tl.float32)
     tl.store(losses + row, highest - chosen + tl.log(total))
     if DIFFERENTIATE:
         for start in range(0, WIDTH, BLOCK):

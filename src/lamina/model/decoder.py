@@ -7,6 +7,7 @@ decoder knows no adapters (leaves are replaced), no loss (it returns hidden stat
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -163,7 +164,7 @@ class Decoder(nn.Module):
             of = wanted if index + 1 == len(self.model.layers) else None
             if index < checkpointed and torch.is_grad_enabled():
                 with save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext():
-                    x = checkpoint(layer, x, cos, sin, attend, of, use_reentrant=False)
+                    x = checkpoint(partial(layer, cos=cos, sin=sin, attend=attend, wanted=of), x, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, attend, of)
         hidden: Tensor = self.model.norm(x)

@@ -13,6 +13,8 @@ widths that are no multiples of 16, the product is emulated: exact products, fp3
 would be, at the speed of fp32.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +28,9 @@ from lamina.ops.shapes import Float
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of e4m3, which has no infinity."""
+
+FEWEST = 32
+"""Rows that the device's GEMM is given at least."""
 
 
 def fp8_bytes(outputs: int, inputs: int) -> int:
@@ -87,12 +92,17 @@ class Fp8(nn.Module):
         return out.copy_(self.codes).mul_(self.scale[:, None])  # e4m3 is exact in every wider type
 
     @torch.no_grad()
+    def prepared(self, x: Float[Tensor, "N D"]) -> "Rows":
+        """x as ``multiply`` takes it, for several weights that read it."""
+        return Rows(*quantise_rows(x), x.dtype)
+
+    @torch.no_grad()
     def multiply(
-        self, x: Float[Tensor, "N D"], bias: Float[Tensor, " out"] | None = None, *beside: Product
+        self, x: "Float[Tensor, 'N D'] | Rows", bias: Float[Tensor, " out"] | None = None, *beside: Product
     ) -> Float[Tensor, "N out"]:
         """Computes x·Wᵀ + b in x's dtype. A row with NaN or infinity in it comes out non-finite throughout."""
-        codes, scale = quantise_rows(x)
-        return added(scaled_product(codes, scale, self.codes.t(), self.scale[None], bias, x.dtype), *beside)
+        codes, scale, dtype = x if isinstance(x, Rows) else self.prepared(x)
+        return added(scaled_product(codes, scale, self.codes.t(), self.scale[None], bias, dtype), *beside)
 
     @torch.no_grad()
     def multiply_back(self, grad: Float[Tensor, "N out"], *beside: Product) -> Float[Tensor, "N D"]:
@@ -109,6 +119,21 @@ class Fp8(nn.Module):
         return added(scaled_product(codes, scale, weight, scale.new_ones(1, self.inputs), None, grad.dtype), *beside)
 
 
+class Rows(NamedTuple):
+    """Rows that were quantised, and the dtype they had: codes [N, D] in e4m3, scale [N, 1] in fp32."""
+
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+def by_kernel(device: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel of our own quantises: where there are kernels, and e4m3 in hardware."""
+    if not cuda.available(device, dtype):
+        return False
+    return device != "cuda" or (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
+
+
 def quantise_rows(
     x: Float[Tensor, "N D"], factors: Float[Tensor, " D"] | None = None
 ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N 1"]]:
@@ -117,7 +142,7 @@ def quantise_rows(
     A row of zeros becomes zeros. e4m3 has no infinity, but the scale of a row with one is infinite, and that of a row with
     NaN is NaN, and with it all that the row is multiplied into.
     """
-    if cuda.takes(x):
+    if by_kernel(x.device.type, x.dtype):
         from lamina.cuda import eights
 
         return eights.quantise_rows(x.contiguous(), factors, SMALLEST, LARGEST)
@@ -151,19 +176,16 @@ def native_product(
 ) -> Float[Tensor, "N out"]:
     """``scaled_product`` by torch's GEMM, in bf16, the one type that row-wise scales give everywhere.
 
-    Sums are kept in fp32 (no fast accumulation), so that the emulation is what runs.
+    Without fast accumulation sums are added in fp32, as the emulation does, but for those within an instruction, of which Hopper
+    keeps some 14 bits: less than what rounding the result to bf16 takes away.
     """
-    tiles = whole_tiles(a.view(torch.uint8)).view(E4M3)
+    rows = len(a)
+    if rows < FEWEST:  # a single row's scale would be taken for that of the whole
+        a = F.pad(a.view(torch.uint8), (0, 0, 0, FEWEST - rows)).view(E4M3)
+        a_scale = F.pad(a_scale, (0, 0, 0, FEWEST - rows))
     bias = None if bias is None else bias.to(torch.bfloat16)
-    out = torch._scaled_mm(
-        tiles, b, whole_tiles(a_scale), b_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=False
-    )
-    return out[: len(a)]
-
-
-def whole_tiles(x: Tensor) -> Tensor:
-    """x with rows of zeros below, up to a multiple of 16; x itself, where it has that many."""
-    return x if len(x) % 16 == 0 else F.pad(x, (0, 0, 0, -len(x) % 16))
+    out = torch._scaled_mm(a, b, a_scale, b_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=False)
+    return out[:rows]
 
 
 def emulated_product(

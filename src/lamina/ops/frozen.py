@@ -59,6 +59,15 @@ class Quantised(Frozen, Protocol):
         ...
 
 
+@runtime_checkable
+class Preparing(Protocol):
+    """A form whose product begins with a pass over x that is the same for every weight."""
+
+    def prepared(self, x: Float[Tensor, "N inputs"]) -> Any:
+        """x as ``multiply`` of any weight of this form takes it too."""
+        ...
+
+
 @dataclass(frozen=True)
 class Dense:
     """A weight that is stored as it is computed with."""
@@ -73,6 +82,13 @@ class Dense:
 
     def dense(self) -> Tensor:
         return self.weight
+
+
+def prepared(x: Float[Tensor, "N inputs"], weights: Sequence[Frozen]) -> Any:
+    """x as ``multiply`` of these weights takes it: where all of them quantise it in the same way, this is done once."""
+    first = weights[0]
+    shared = len(weights) > 1 and all(type(weight) is type(first) for weight in weights)
+    return first.prepared(x) if shared and isinstance(first, Preparing) else x
 
 
 def multiply_back(

@@ -151,6 +151,8 @@ class Int8(nn.Module):
                 memory = self.scratch(working_memory(len(x[part]), inputs, outputs, kernel=True), torch.uint8, x.device)
                 _multiply(x[part], codes, before, after, bias, [(a[part], b) for a, b in inside], out[part], memory)
             return out if inside else added(out, *beside)
+        if x.is_cuda and codes.stride(0) != 1:
+            codes = codes.t().contiguous().t()
         for given, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
             wide, sums, narrow = self._workspace(len(given), inputs, outputs, x.device)
             scale = quantise_rows(given, before, wide[: given.numel()].view(given.shape), narrow)
@@ -257,7 +259,7 @@ def quantise_rows(
         wide.mul_(factors)
     largest = torch.maximum(wide.amax(1, keepdim=True), wide.amin(1, keepdim=True).neg_()).clamp_min_(SMALLEST)
     codes.copy_(wide.mul_(LARGEST / largest).round_())
-    return largest.div_(LARGEST)
+    return largest.div_(torch.full_like(largest, LARGEST))  # CUDA multiplies by the reciprocal of a plain number
 
 
 def integer_product(a: Int[Tensor, "N D"], b: Int[Tensor, "D out"], out: Int[Tensor, "N out"]) -> None:
@@ -282,8 +284,6 @@ def plain_product(a: Int[Tensor, "N D"], b: Int[Tensor, "D out"], out: Int[Tenso
 
 def cuda_product(a: Int[Tensor, "N D"], b: Int[Tensor, "D out"], out: Int[Tensor, "N out"]) -> None:
     """Writes a·b as cuBLAS takes it: more than 16 rows on the left, columns that are contiguous on the right."""
-    if b.stride(0) != 1:
-        b = b.t().contiguous().t()
     if len(a) < 32:
         out.copy_(torch._int_mm(F.pad(a, (0, 0, 0, 32 - len(a))), b)[: len(a)])
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamina.ops.frozen import Frozen, multiply_back
+from lamina.ops.frozen import Frozen, multiply_back, prepared
 from lamina.ops.products import product
 from lamina.ops.shapes import Float
 
@@ -90,7 +90,8 @@ def _products(
         narrow.mul_(scale)
     else:
         product((dropped, all_a.t()), scale=scale, out=narrow)
-        outs = [linear.weight.multiply(x, linear.bias, (inner, b.t())) for linear, _, b, inner in parts]
+        given = prepared(x, [linear.weight for linear in linears])
+        outs = [linear.weight.multiply(given, linear.bias, (inner, b.t())) for linear, _, b, inner in parts]
     return tuple(outs), narrow, [all_a, *each_b]
 
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lamina import native
+from lamina import cuda, native
 from lamina.adapter import adapted
 from lamina.data.prepare import Prepared
 from lamina.data.render import show
@@ -48,7 +48,8 @@ def training_lines(model: Decoder, name: str, training: Training, steps: int, ev
         else ""
     )
     weights = model.vocabulary
-    place = weights.device.type + native.about(weights.device.type, weights.dtype)
+    where = weights.device.type, weights.dtype
+    place = where[0] + native.about(*where) + cuda.about(*where)
     yield (
         f"base: {name}, {frozen:,} frozen parameters{form}, {str(weights.dtype).removeprefix('torch.')} on {place}; "
         f"adapter: {trained:,} parameters in {len(modules)} matrices; saved are A and B only, {4 * trained / 1e6:,.1f} MB"

@@ -179,7 +179,10 @@ class Layer:
         ]
         if needs:
             working.append(self.setup.product(tokens, width, sum(outputs) + sum(ranks)))
-        gradients = tokens * (sum(outputs) + sum(ranks) + width * needs) * self.e
+        again = 1 + (
+            self.setup.base is not None
+        )  # over a quantised base one weight's gradient of the input is added to the others'
+        gradients = tokens * (sum(outputs) + sum(ranks) + width * needs * again) * self.e
         return self._read(names, needs, tokens), gradients + max(working)
 
     def products(self) -> tuple[int, int]:
@@ -219,11 +222,12 @@ class Layer:
 
     def _mixing(self, lengths: tuple[int, ...], kernel: bool) -> int:
         """Gradients of the output of attention and of q, k and v, and what the kernel needs for the longest example; FlashAttention sums
-        the gradient of q in fp32."""
+        the gradient of q in fp32, in blocks of 128, and gives every query head key gradients of its own."""
         a = self.setup.architecture
         gradients = self.n * (2 * a.heads + 2 * a.kv_heads) * a.head_width * self.e
         if not kernel:
-            return gradients + self.n * a.heads * (a.head_width + 1) * FLOAT
+            expanded = 2 * self.n * a.heads * a.head_width * self.e * (a.kv_heads < a.heads)
+            return gradients + expanded + (self.n + 128 * len(lengths)) * a.heads * (a.head_width + 1) * FLOAT
         return gradients + working_memory(lengths, a.kv_heads, a.head_width)
 
     def _mlp(self) -> tuple[int, int, int]:

@@ -16,8 +16,8 @@ from lamina.ops.fp8 import (
     native_product,
     quantise_rows,
     scaled_product,
-    whole_tiles,
 )
+from lamina.ops.frozen import Dense, prepared
 from lamina.ops.int8 import ROWS
 
 SHAPES = [(1, 8, 8), (1, 1, 1), (5, 7, 3), (33, 65, 17), (64, 128, 96)]  # rows, inputs, outputs
@@ -173,8 +173,15 @@ def test_torchs_gemm_gives_what_the_emulation_gives(rows: int, with_bias: bool) 
     assert torch.equal(scaled_product(*given, torch.bfloat16), emulated_product(*given, torch.bfloat16))
 
 
-def test_rows_are_padded_to_whole_tiles() -> None:
-    assert [len(whole_tiles(torch.ones(rows, 2))) for rows in (1, 15, 16, 17, 32)] == [16, 16, 16, 32, 32]
+def test_rows_that_are_prepared_once_give_the_same_bits() -> None:
+    x, weight, bias, _ = sample(7, 64, 48, torch.bfloat16)
+    one, other = made(Fp8, weight, torch.bfloat16), made(Fp8, weight * 2, torch.bfloat16)
+    given = prepared(x, [one, other])
+    assert given.codes.dtype == E4M3
+    for form in (one, other):
+        assert torch.equal(form.multiply(given, bias), form.multiply(x, bias))
+    assert prepared(x, [one]) is x  # nobody else reads it
+    assert prepared(x, [one, Dense(weight)]) is x
 
 
 def test_every_code_is_a_number_that_fp32_multiplies_exactly() -> None:
