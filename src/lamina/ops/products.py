@@ -1,7 +1,8 @@
 """Sums of matrix products, scale·Σ aᵢ·bᵢ + bias + onto: what an adapted projection is, forward and backward.
 
 torch takes one product after the other and rounds each sum to the tensors' precision. In bf16 on a CPU a kernel of our own takes
-all of them, sums in fp32 and rounds once, where there is one (``native``) that is faster than oneDNN.
+all of them, sums in fp32 and rounds once, where there is one (``native``) that is faster than oneDNN: ``products.c`` where there
+are many rows and columns, ``few.c`` where there are few of either.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from lamina import native
 from lamina.ops.shapes import Float
 
 FEW = 64
-"""Rows or columns below which a product is left to torch: it waits for the memory of its factors, whoever computes it."""
+"""Rows or columns below which a product waits for the memory of its larger factor, which then is read where it lies and not packed."""
 
 MOST = 8
 """Products in one sum: PARTS in the kernel."""
@@ -25,7 +26,6 @@ Product = tuple[Tensor, Tensor]
 """The factors a [N, K] and b [K, M] of a·b; either may be the transpose of a matrix that lies row after row."""
 
 
-@torch.no_grad()
 def product(
     *products: Product,
     scale: float = 1.0,
@@ -40,11 +40,28 @@ def product(
         out: where the result goes, or with ``onto`` what it is added to; by default new memory.
         dtype: of new memory; by default that of the factors.
     """
+    a, b = products[0]
+    rows, columns = a.shape[0], b.shape[1]
+    if min(rows, columns) < FEW:
+        if few_here() and _readable(products, bias, out, dtype, along=True):
+            return _by_few(products, scale, bias, out, onto, dtype)
+    elif _here() and _readable(products, bias, out, dtype):
+        return _by_kernel(products, scale, bias, out, onto, dtype)
+    with torch.no_grad():
+        return _by_torch(products, scale, bias, out, onto, dtype)
+
+
+def _by_torch(
+    products: tuple[Product, ...],
+    scale: float,
+    bias: Tensor | None,
+    out: Tensor | None,
+    onto: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
     (a, b), *others = products
     if a.is_cuda and dtype not in (None, a.dtype) and not others and scale == 1.0 and out is bias is None:
         return torch.mm(a, b, out_dtype=dtype)  # its sums are fp32 and are not rounded in between
-    if faster(a.shape[0], b.shape[1]) and _readable(products, bias, out, dtype):
-        return _by_kernel(products, scale, bias, out, onto, dtype)
     if out is None and scale == 1.0:
         total = F.linear(a, b.t(), bias)
     else:
@@ -62,8 +79,14 @@ def added(to: Float[Tensor, "N M"], *products: Product) -> Float[Tensor, "N M"]:
 
 
 def faster(rows: int, columns: int) -> bool:
-    """Whether the kernel is there for a result of this size in bf16 on a CPU, and faster than torch."""
+    """Whether the kernel that packs is there for a result of this size in bf16 on a CPU, and faster than torch."""
     return min(rows, columns) >= FEW and _here()
+
+
+@cache
+def few_here() -> bool:
+    """Whether there is a kernel for few rows or columns in bf16 on a CPU, of factors that both lie along the sum."""
+    return native.library() is not None and bool(native.ask("few_here"))
 
 
 @cache
@@ -72,11 +95,16 @@ def _here() -> bool:
 
 
 def _readable(
-    products: tuple[Product, ...], bias: Tensor | None, out: Tensor | None, dtype: torch.dtype | None
+    products: tuple[Product, ...],
+    bias: Tensor | None,
+    out: Tensor | None,
+    dtype: torch.dtype | None,
+    along: bool = False,
 ) -> bool:
     """Whether the kernel reads these as they are. What does not fit together is torch's, which says so.
 
-    It reads pairs along a sum as one word; only where it packs both factors anyway may their number be odd.
+    With ``along`` both factors have to lie along the sum. Otherwise pairs along a sum are read as one word; only where both factors are
+    packed anyway may their number be odd.
     """
     rows, columns = products[0][0].shape[0], products[0][1].shape[1]
     for a, b in products:
@@ -85,10 +113,12 @@ def _readable(
             not of_bf16
             or a.shape != (rows, len(b))
             or b.shape != (len(b), columns)
-            or not (1 in a.stride() and 1 in b.stride())
         ):
             return False
-        if len(b) % 2 and (a.stride(1) == 1 or b.stride(1) != 1):
+        if along:
+            if a.stride(1) != 1 or b.stride(0) != 1:
+                return False
+        elif not (1 in a.stride() and 1 in b.stride()) or len(b) % 2 and (a.stride(1) == 1 or b.stride(1) != 1):
             return False
     if bias is not None and not (bias.dtype is torch.bfloat16 and bias.shape == (columns,) and bias.is_contiguous()):
         return False
@@ -117,6 +147,29 @@ def _by_kernel(
         terms, turned = terms + a.shape[1] + a.shape[1] % 2, turned or a.stride(1) != 1
     memory = torch.empty(working_memory(rows, columns, terms, turned), dtype=torch.uint8)
     native.call("products", (ctypes.c_long * len(job))(*job), float(scale), memory)
+    increment_version(out)
+    return out
+
+
+def _by_few(
+    products: tuple[Product, ...],
+    scale: float,
+    bias: Tensor | None,
+    out: Tensor | None,
+    onto: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    a, b = products[0]
+    rows, columns = a.shape[0], b.shape[1]
+    turned = columns < rows  # then the columns are the few
+    if out is None:
+        out = torch.empty(rows, columns, dtype=dtype or a.dtype)
+    job = [out.data_ptr(), *((columns, rows) if turned else (rows, columns)), *out.stride()]
+    job += [out.dtype == torch.float32, onto, turned, 0 if bias is None else bias.data_ptr(), len(products)]
+    for a, b in products:
+        few, many = ((b.data_ptr(), b.stride(1)), (a.data_ptr(), a.stride(0)))[:: 1 if turned else -1]
+        job += [few[0], many[0], a.shape[1], few[1], many[1]]
+    native.call("few_products", (ctypes.c_long * len(job))(*job), float(scale))
     increment_version(out)
     return out
 
