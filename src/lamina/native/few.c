@@ -37,15 +37,6 @@ typedef struct {
 /* Whether this processor multiplies few lines faster here than by oneDNN. */
 long few_here(void) { return 1; }
 
-/* Four registers to the sums of each. */
-INLINE __m128 four(floats a, floats b, floats c, floats d) {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
-    __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), (__m256)_mm512_extractf64x4_pd((__m512d)abcd, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 /* Sums of `high` of the few with WIDE of the many, of which the last may be the same, to sums[line][LANES]. */
 INLINE void block(int high, const few_products_job *job, long f, const long *m, long from, long fetch, float *sums) {
     floats s[HIGH][WIDE];
@@ -76,7 +67,7 @@ INLINE void block(int high, const few_products_job *job, long f, const long *m, 
             }
         }
     }
-    for (int i = 0; i < high; i++) _mm_storeu_ps(sums + i * LANES, four(s[i][0], s[i][1], s[i][2], s[i][3]));
+    for (int i = 0; i < high; i++) sums_of_four(s[i], sums + i * LANES);
 }
 
 static void blocks(long high, const few_products_job *job, long f, const long *m, long from, long fetch, float *sums) {
