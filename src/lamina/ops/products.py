@@ -6,6 +6,7 @@ are many rows and columns, ``few.c`` where there are few of either.
 """
 
 import ctypes
+from array import array
 from functools import cache
 
 import torch
@@ -109,11 +110,7 @@ def _readable(
     rows, columns = products[0][0].shape[0], products[0][1].shape[1]
     for a, b in products:
         of_bf16 = a.dtype is torch.bfloat16 and b.dtype is torch.bfloat16 and a.is_cpu and b.is_cpu
-        if (
-            not of_bf16
-            or a.shape != (rows, len(b))
-            or b.shape != (len(b), columns)
-        ):
+        if not of_bf16 or a.shape != (rows, len(b)) or b.shape != (len(b), columns):
             return False
         if along:
             if a.stride(1) != 1 or b.stride(0) != 1:
@@ -159,17 +156,29 @@ def _by_few(
     onto: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    a, b = products[0]
-    rows, columns = a.shape[0], b.shape[1]
+    rows, columns = len(products[0][0]), products[0][1].shape[1]
     turned = columns < rows  # then the columns are the few
     if out is None:
-        out = torch.empty(rows, columns, dtype=dtype or a.dtype)
-    job = [out.data_ptr(), *((columns, rows) if turned else (rows, columns)), *out.stride()]
-    job += [out.dtype == torch.float32, onto, turned, 0 if bias is None else bias.data_ptr(), len(products)]
+        out = torch.empty(rows, columns, dtype=dtype or torch.bfloat16)
+    row, column = out.stride()
+    job = [
+        out.data_ptr(),
+        min(rows, columns),
+        max(rows, columns),
+        row,
+        column,
+        out.dtype is torch.float32,
+        onto,
+        turned,
+    ]
+    job += (0 if bias is None else bias.data_ptr(), len(products))
     for a, b in products:
-        few, many = ((b.data_ptr(), b.stride(1)), (a.data_ptr(), a.stride(0)))[:: 1 if turned else -1]
-        job += [few[0], many[0], a.shape[1], few[1], many[1]]
-    native.call("few_products", (ctypes.c_long * len(job))(*job), float(scale))
+        if turned:
+            job += (b.data_ptr(), a.data_ptr(), len(b), b.stride(1), a.stride(0))
+        else:
+            job += (a.data_ptr(), b.data_ptr(), len(b), a.stride(0), b.stride(1))
+    numbers = array("q", job)
+    native.call("few_products", numbers.buffer_info()[0], float(scale))
     increment_version(out)
     return out
 
