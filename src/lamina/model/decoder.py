@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lamina.model.architecture import Architecture, Rope
 from lamina.ops.norm import rms_norm
-from lamina.ops.products import product
+from lamina.ops.products import Sum, product, several
 from lamina.ops.rotary import rotate
 from lamina.ops.shapes import Float, Int
 from lamina.ops.swiglu import swiglu
@@ -49,6 +49,18 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out]
         return super().forward(x) if torch.is_grad_enabled() else product((x, self.weight.t()), bias=self.bias)
+
+    @staticmethod
+    def together(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
+        """The outputs of linears that read the same input: without gradients, products that are computed together."""
+        if torch.is_grad_enabled() or any(type(linear) is not Linear or hooked(linear) for linear in linears):
+            return [linear(x) for linear in linears]
+        return several([Sum(((x, linear.weight.t()),), bias=linear.bias) for linear in linears])  # type: ignore[operator, arg-type]
+
+
+def hooked(linear: nn.Module) -> bool:
+    """Whether somebody wants to see the module's own call."""
+    return bool(linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def together(x: Float[Tensor, "N D"], *linears: nn.Module) -> Sequence[Tensor]:

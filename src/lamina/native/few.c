@@ -27,18 +27,20 @@ typedef struct {
 
 typedef struct {
     void *to;
-    long few, many, row, column;         /* lines; of the result, from one row or column to the next */
-    long single, onto, columns_are_few;  /* whether it is in fp32, and whether sums are added to what is there */
+    long few, many, row, column; /* lines; of the result, from one row or column to the next */
+    long single, onto;           /* whether it is in fp32, and whether sums are added to what is there */
+    long columns_are_few, waits; /* whether it reads what those before it make */
     const bf16 *bias;
+    double scale;
     long count;
     factors of[];
-} few_products_job;
+} sum_of_products;
 
 /* Whether this processor multiplies few lines faster here than by oneDNN. */
 long few_here(void) { return 1; }
 
 /* Sums of `high` of the few with WIDE of the many, of which the last may be the same, to sums[line][LANES]. */
-INLINE void block(int high, const few_products_job *job, long f, const long *m, long from, long fetch, float *sums) {
+INLINE void block(int high, const sum_of_products *job, long f, const long *m, long from, long fetch, float *sums) {
     floats s[HIGH][WIDE];
     for (int i = 0; i < high; i++)
         for (int j = 0; j < WIDE; j++) s[i][j] = all(0);
@@ -70,7 +72,7 @@ INLINE void block(int high, const few_products_job *job, long f, const long *m, 
     for (int i = 0; i < high; i++) sums_of_four(s[i], sums + i * LANES);
 }
 
-static void blocks(long high, const few_products_job *job, long f, const long *m, long from, long fetch, float *sums) {
+static void blocks(long high, const sum_of_products *job, long f, const long *m, long from, long fetch, float *sums) {
     switch (high) { /* a compiler keeps the sums in registers where it knows their number */
     case 6: block(6, job, f, m, from, fetch, sums); return;
     case 5: block(5, job, f, m, from, fetch, sums); return;
@@ -82,11 +84,11 @@ static void blocks(long high, const few_products_job *job, long f, const long *m
 }
 
 /* One line of at most LANES sums to its place, columns from d on. */
-INLINE void finish(const few_products_job *job, float scale, floats x, long r, long d, long columns) {
+INLINE void finish(const sum_of_products *job, floats x, long r, long d, long columns) {
     __mmask16 those = (1u << columns) - 1;
     __m512 bias = job->bias ? (__m512)(words)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(those, job->bias + d)), 16)
                             : _mm512_setzero_ps();
-    x = x * scale + (floats)bias;
+    x = x * (float)job->scale + (floats)bias;
     long at = r * job->row + d * job->column;
     float *to = (float *)job->to + at;
     bf16 *half = (bf16 *)job->to + at;
@@ -106,34 +108,48 @@ INLINE void finish(const few_products_job *job, float scale, floats x, long r, l
         }
 }
 
-void few_products(const few_products_job *job, float scale, int threads) {
-    long few = job->few, many = job->many, inner = 0;
-    for (long p = 0; p < job->count; p++) inner += job->of[p].inner;
-    if (many * inner < WORTH && few * many * inner < 16 * WORTH) threads = 1;
-    long parts = (few + HIGH - 1) / HIGH;
-#pragma omp parallel for schedule(guided, 4) num_threads(threads)
-    for (long first = 0; first < many; first += LANES) {
-        float sums[MOST][LANES];
-        long some = many - first < LANES ? many - first : LANES;
-        for (long j = 0; j < some; j += WIDE) {
-            long m[WIDE];
-            for (long i = 0; i < WIDE; i++) m[i] = j + i < some ? first + j + i : first + some - 1;
-            long fetch = first + j + AHEAD < many ? WIDE : 0;
-            for (long part = 0, f = 0, high; part < parts; part++, f += high) { /* as equal as they can be */
-                high = (few - f + parts - part - 1) / (parts - part);
-                blocks(high, job, f, m, part * fetch / parts, (part + 1) * fetch / parts - part * fetch / parts, &sums[f][j]);
-            }
+/* LANES lines of the many, from `first` on, and all of the few. */
+static void lines(const sum_of_products *job, long first) {
+    float sums[MOST][LANES];
+    long few = job->few, many = job->many, parts = (few + HIGH - 1) / HIGH, some = many - first < LANES ? many - first : LANES;
+    for (long j = 0; j < some; j += WIDE) {
+        long m[WIDE], fetch = first + j + AHEAD < many ? WIDE : 0;
+        for (long i = 0; i < WIDE; i++) m[i] = j + i < some ? first + j + i : first + some - 1;
+        for (long part = 0, f = 0, high; part < parts; part++, f += high) { /* as equal as they can be, and so is what each fetches */
+            long from = part * fetch / parts, to = (part + 1) * fetch / parts;
+            high = (few - f + parts - part - 1) / (parts - part);
+            blocks(high, job, f, m, from, to - from, &sums[f][j]);
         }
-        if (!job->columns_are_few)
-            for (long f = 0; f < few; f++) finish(job, scale, load(sums[f]), f, first, some);
-        else
-            for (long j = 0; j < some; j++)
-                for (long f = 0; f < few; f += LANES) {
-                    floats line;
-                    long those = few - f < LANES ? few - f : LANES;
-                    for (long i = 0; i < LANES; i++) line[i] = i < those ? sums[f + i][j] : 0;
-                    finish(job, scale, line, first + j, f, those);
-                }
+    }
+    if (!job->columns_are_few)
+        for (long f = 0; f < few; f++) finish(job, load(sums[f]), f, first, some);
+    else
+        for (long j = 0; j < some; j++)
+            for (long f = 0; f < few; f += LANES) {
+                floats line;
+                long those = few - f < LANES ? few - f : LANES;
+                for (long i = 0; i < LANES; i++) line[i] = i < those ? sums[f + i][j] : 0;
+                finish(job, line, first + j, f, those);
+            }
+}
+
+INLINE const sum_of_products *next(const sum_of_products *job) { return (const sum_of_products *)(job->of + job->count); }
+
+/* So many sums, which lie one after the other. */
+void few_products(const sum_of_products *jobs, long count, int threads) {
+    const sum_of_products *job = jobs;
+    long numbers = 0, terms = 0;
+    for (long i = 0; i < count; i++, job = next(job))
+        for (long p = 0; p < job->count; p++)
+            numbers += job->many * job->of[p].inner, terms += job->few * job->many * job->of[p].inner;
+    if (numbers < WORTH && terms < 16 * WORTH) threads = 1;
+#pragma omp parallel num_threads(threads) firstprivate(jobs)
+    for (long i = 0; i < count; i++, jobs = next(jobs)) {
+        if (jobs->waits) {
+#pragma omp barrier
+        }
+#pragma omp for schedule(guided, 4) nowait
+        for (long first = 0; first < jobs->many; first += LANES) lines(jobs, first);
     }
 }
 

@@ -6,8 +6,11 @@ are many rows and columns, ``few.c`` where there are few of either.
 """
 
 import ctypes
+import struct
 from array import array
+from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +30,17 @@ Product = tuple[Tensor, Tensor]
 """The factors a [N, K] and b [K, M] of a·b; either may be the transpose of a matrix that lies row after row."""
 
 
+class Sum(NamedTuple):
+    """scale·Σ aᵢ·bᵢ + bias, and where it goes, as ``product`` takes it."""
+
+    products: tuple[Product, ...]
+    scale: float = 1.0
+    bias: Tensor | None = None
+    out: Tensor | None = None
+    onto: bool = False
+    dtype: torch.dtype | None = None
+
+
 def product(
     *products: Product,
     scale: float = 1.0,
@@ -41,15 +55,39 @@ def product(
         out: where the result goes, or with ``onto`` what it is added to; by default new memory.
         dtype: of new memory; by default that of the factors.
     """
-    a, b = products[0]
-    rows, columns = a.shape[0], b.shape[1]
-    if min(rows, columns) < FEW:
-        if few_here() and _readable(products, bias, out, dtype, along=True):
-            return _by_few(products, scale, bias, out, onto, dtype)
-    elif _here() and _readable(products, bias, out, dtype):
-        return _by_kernel(products, scale, bias, out, onto, dtype)
+    return _computed(Sum(products, scale, bias, out, onto, dtype))
+
+
+def several(sums: Sequence[Sum], first: Sequence[Sum] = ()) -> list[Tensor]:
+    """Computes each of the sums, without a graph; of few rows all in one call.
+
+    Args:
+        first: sums whose results, given as ``out``, those read.
+    """
+    if few_here() and all(map(_few, first)) and all(map(_few, sums)):
+        waits = [False] * len(sums)
+        waits[0] = bool(first)
+        return _by_few([*((one, False) for one in first), *zip(sums, waits, strict=True)])[len(first) :]
+    for one in first:
+        _computed(one)
+    return [_computed(one) for one in sums]
+
+
+def _few(one: Sum) -> bool:
+    """Whether it has few rows or columns, and the kernel for those reads it."""
+    a, b = one.products[0]
+    return min(len(a), b.shape[1]) < FEW and _readable(one.products, one.bias, one.out, one.dtype, along=True)
+
+
+def _computed(one: Sum) -> Tensor:
+    a, b = one.products[0]
+    if min(len(a), b.shape[1]) < FEW:
+        if few_here() and _few(one):
+            return _by_few([(one, False)])[0]
+    elif _here() and _readable(one.products, one.bias, one.out, one.dtype):
+        return _by_kernel(*one)
     with torch.no_grad():
-        return _by_torch(products, scale, bias, out, onto, dtype)
+        return _by_torch(*one)
 
 
 def _by_torch(
@@ -115,7 +153,7 @@ def _readable(
         if along:
             if a.stride(1) != 1 or b.stride(0) != 1:
                 return False
-        elif not (1 in a.stride() and 1 in b.stride()) or len(b) % 2 and (a.stride(1) == 1 or b.stride(1) != 1):
+        elif not (1 in a.stride() and 1 in b.stride()) or (len(b) % 2 and (a.stride(1) == 1 or b.stride(1) != 1)):
             return False
     if bias is not None and not (bias.dtype is torch.bfloat16 and bias.shape == (columns,) and bias.is_contiguous()):
         return False
@@ -148,39 +186,33 @@ def _by_kernel(
     return out
 
 
-def _by_few(
-    products: tuple[Product, ...],
-    scale: float,
-    bias: Tensor | None,
-    out: Tensor | None,
-    onto: bool,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    rows, columns = len(products[0][0]), products[0][1].shape[1]
-    turned = columns < rows  # then the columns are the few
-    if out is None:
-        out = torch.empty(rows, columns, dtype=dtype or torch.bfloat16)
-    row, column = out.stride()
-    job = [
-        out.data_ptr(),
-        min(rows, columns),
-        max(rows, columns),
-        row,
-        column,
-        out.dtype is torch.float32,
-        onto,
-        turned,
-    ]
-    job += (0 if bias is None else bias.data_ptr(), len(products))
-    for a, b in products:
-        if turned:
-            job += (b.data_ptr(), a.data_ptr(), len(b), b.stride(1), a.stride(0))
-        else:
-            job += (a.data_ptr(), b.data_ptr(), len(b), a.stride(0), b.stride(1))
-    numbers = array("q", job)
-    native.call("few_products", numbers.buffer_info()[0], float(scale))
-    increment_version(out)
-    return out
+def _by_few(sums: Iterable[tuple[Sum, bool]]) -> list[Tensor]:
+    """All of them in one call, each with whether it reads what those before it make."""
+    job, outs = array("q"), []
+    for (products, scale, bias, out, onto, dtype), waits in sums:
+        rows, columns = len(products[0][0]), products[0][1].shape[1]
+        turned = columns < rows  # then the columns are the few
+        if out is None:
+            out = torch.empty(rows, columns, dtype=dtype or torch.bfloat16)
+        job.extend((out.data_ptr(), min(rows, columns), max(rows, columns), *out.stride()))
+        job.extend((out.dtype is torch.float32, onto, turned, waits, 0 if bias is None else bias.data_ptr()))
+        job.extend((_bits(scale), len(products)))
+        for a, b in products:
+            if turned:
+                job.extend((b.data_ptr(), a.data_ptr(), len(b), b.stride(1), a.stride(0)))
+            else:
+                job.extend((a.data_ptr(), b.data_ptr(), len(b), a.stride(0), b.stride(1)))
+        outs.append(out)
+    native.call("few_products", job.buffer_info()[0], len(outs))
+    for out in outs:
+        increment_version(out)
+    return outs
+
+
+@cache
+def _bits(scale: float) -> int:
+    """Of a number in double precision, as an integer."""
+    return int.from_bytes(struct.pack("d", scale), "little", signed=True)
 
 
 def _lines(x: Tensor) -> tuple[int, bool]:
