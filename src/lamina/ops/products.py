@@ -81,11 +81,11 @@ def _few(one: Sum) -> bool:
 
 def _computed(one: Sum) -> Tensor:
     a, b = one.products[0]
-    if min(len(a), b.shape[1]) < FEW:
-        if few_here() and _few(one):
-            return _by_few([(one, False)])[0]
-    elif _here() and _readable(one.products, one.bias, one.out, one.dtype):
-        return _by_kernel(*one)
+    if faster(len(a), b.shape[1]):
+        if _readable(one.products, one.bias, one.out, one.dtype):
+            return _by_kernel(*one)
+    elif few_here() and _few(one):
+        return _by_few([(one, False)])[0]
     with torch.no_grad():
         return _by_torch(*one)
 
