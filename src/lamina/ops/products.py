@@ -76,12 +76,12 @@ def several(sums: Sequence[Sum], first: Sequence[Sum] = ()) -> list[Tensor]:
 def _few(one: Sum) -> bool:
     """Whether it has few rows or columns, and the kernel for those reads it."""
     a, b = one.products[0]
-    return min(len(a), b.shape[1]) < FEW and _readable(one.products, one.bias, one.out, one.dtype, along=True)
+    return min(a.shape[0], b.shape[1]) < FEW and _readable(one.products, one.bias, one.out, one.dtype, along=True)
 
 
 def _computed(one: Sum) -> Tensor:
     a, b = one.products[0]
-    if faster(len(a), b.shape[1]):
+    if faster(a.shape[0], b.shape[1]):
         if _readable(one.products, one.bias, one.out, one.dtype):
             return _by_kernel(*one)
     elif few_here() and _few(one):
@@ -147,13 +147,17 @@ def _readable(
     """
     rows, columns = products[0][0].shape[0], products[0][1].shape[1]
     for a, b in products:
-        of_bf16 = a.dtype is torch.bfloat16 and b.dtype is torch.bfloat16 and a.is_cpu and b.is_cpu
-        if not of_bf16 or a.shape != (rows, len(b)) or b.shape != (len(b), columns):
+        inner = a.shape[1]
+        if not (a.dtype is b.dtype is torch.bfloat16 and a.is_cpu and b.is_cpu):
             return False
-        if along:
-            if a.stride(1) != 1 or b.stride(0) != 1:
-                return False
-        elif not (1 in a.stride() and 1 in b.stride()) or (len(b) % 2 and (a.stride(1) == 1 or b.stride(1) != 1)):
+        if a.shape != (rows, inner) or b.shape != (inner, columns):
+            return False
+        (_, a_column), (b_row, b_column) = a.stride(), b.stride()
+        if along and (a_column != 1 or b_row != 1):
+            return False
+        if not along and not (1 in a.stride() and 1 in b.stride()):
+            return False
+        if not along and inner % 2 and (a_column == 1 or b_column != 1):
             return False
     if bias is not None and not (bias.dtype is torch.bfloat16 and bias.shape == (columns,) and bias.is_contiguous()):
         return False
@@ -190,7 +194,7 @@ def _by_few(sums: Iterable[tuple[Sum, bool]]) -> list[Tensor]:
     """All of them in one call, each with whether it reads what those before it make."""
     job, outs = array("q"), []
     for (products, scale, bias, out, onto, dtype), waits in sums:
-        rows, columns = len(products[0][0]), products[0][1].shape[1]
+        rows, columns = products[0][0].shape[0], products[0][1].shape[1]
         turned = columns < rows  # then the columns are the few
         if out is None:
             out = torch.empty(rows, columns, dtype=dtype or torch.bfloat16)
@@ -199,9 +203,9 @@ def _by_few(sums: Iterable[tuple[Sum, bool]]) -> list[Tensor]:
         job.extend((_bits(scale), len(products)))
         for a, b in products:
             if turned:
-                job.extend((b.data_ptr(), a.data_ptr(), len(b), b.stride(1), a.stride(0)))
+                job.extend((b.data_ptr(), a.data_ptr(), a.shape[1], b.stride(1), a.stride(0)))
             else:
-                job.extend((a.data_ptr(), b.data_ptr(), len(b), a.stride(0), b.stride(1)))
+                job.extend((a.data_ptr(), b.data_ptr(), a.shape[1], a.stride(0), b.stride(1)))
         outs.append(out)
     native.call("few_products", job.buffer_info()[0], len(outs))
     for out in outs:
