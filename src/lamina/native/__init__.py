@@ -1,8 +1,9 @@
-"""Kernels in C for a training step in bfloat16 on a CPU.
+"""Kernels in C for a training step, and for generation, in bfloat16 on a CPU.
 
 torch composes a norm, a gate or a rotation of simpler operations, each a pass over the whole tensor, its attention computes in
 fp32 what bf16 instructions do at twice the rate, and a sum of matrix products is rounded after each of them (docs/log.md).
 ``attention.c`` and ``rows.c`` make one pass of each, ``products.c`` and, over a weight in int8, ``integers.c`` take the whole sum,
+``few.c`` takes it where there are few rows, and ``cached.c`` attends over a cache, as generation needs both,
 and ``memory.cpp`` keeps what torch frees for what it allocates next. The system's compiler makes libraries of them for the very
 processor, once, in some seconds; they stay in the user's cache. Where that cannot be done, everything is computed by torch, as it
 is in every other precision and on every other device: the callers in ``ops`` ask with ``takes``, and their plain forms are what the
