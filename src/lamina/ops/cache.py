@@ -3,8 +3,8 @@
 The sequences of a batch are right-aligned: each starts at its own slot and all write their next key into the same one.
 So a step is one copy and one call of ``scaled_dot_product_attention`` however different the lengths are, a sliding
 window is a slice, and only the slots before a sequence's start need a mask. In bf16 on a CPU a kernel of our own reads each key and
-value where it lies, where there is one (``native``); SDPA takes several times as long for sixteen sequences. Rejected: left-aligned sequences (an
-indexed write, and a mask that differs for each length and window) and one call per sequence.
+value where it lies, where there is one (``native``); SDPA takes several times as long for sixteen sequences. Rejected:
+left-aligned sequences (an indexed write, and a mask that differs for each length and window) and one call per sequence.
 """
 
 import ctypes
