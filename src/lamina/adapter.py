@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamina.errors import AdapterError, ConfigError
-from lamina.model.decoder import Decoder
+from lamina.model.decoder import Decoder, hooked
 from lamina.model.quantised import Linear, device_of, form_of, linears_of, replace
 from lamina.ops.lora import Adapted, adapted_linears
+from lamina.ops.products import FEW
 from lamina.section import section
 
 ALL_LINEAR = "all-linear"
@@ -102,18 +103,18 @@ class AdaptedLinear(nn.Module):
 
     @staticmethod
     def together(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
-        """The outputs of linears that read the same input, as one op in training where they agree in what it takes for all.
+        """The outputs of linears that read the same input, as one op where they agree in what it takes for all; without gradients
+        only for few rows.
 
         A hook wants to see its module's own call, and dropout gives each adapter an input of its own.
         """
         adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
-        hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
         dropping = any(linear.training and linear.dropout for linear in adapted)
         scales = {linear.scale * linear.strength for linear in adapted}
         if (
-            not torch.is_grad_enabled()
+            (not torch.is_grad_enabled() and (len(x) >= FEW or x.dtype != torch.bfloat16))
             or len(adapted) < len(linears)
-            or hooked
+            or any(map(hooked, linears))
             or dropping
             or len(scales) > 1
             or 0.0 in scales

@@ -17,12 +17,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from lamina.adapter import narrowed
 from lamina.errors import DataError, ModelError
 from lamina.model.decoder import Decoder
 from lamina.ops.cache import Cache
+from lamina.ops.products import product
 from lamina.ops.sampling import draw, penalise, warp
 from lamina.section import section
 
@@ -174,7 +174,7 @@ def _narrowed_steps(
     training = [module for module in model.modules() if module.training]  # looked for once, not at each token
     with evaluating(training):
         hidden = _prefill(model, cache, list(prompts.values()))
-        tokens = choose(F.linear(hidden, model.vocabulary).float(), 0)
+        tokens = choose(product((hidden, model.vocabulary.t())).float(), 0)
     for step in itertools.count(1):
         chosen = tokens.tolist()
         yield list(zip(rows, chosen, strict=True))
@@ -189,7 +189,7 @@ def _narrowed_steps(
         position = torch.tensor([length + step - 1 for length in lengths], device=device)
         with evaluating(training):
             hidden = model(tokens, position, cache)
-            tokens = choose(F.linear(hidden, model.vocabulary).float(), step)
+            tokens = choose(product((hidden, model.vocabulary.t())).float(), step)
         cache.advance()
 
 

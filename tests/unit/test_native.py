@@ -83,6 +83,7 @@ import torch
 from lamina import native
 from lamina.ops import int8
 from lamina.ops.attention import attend_causally, attend_plainly
+from lamina.ops.cache import Cache
 from lamina.ops.frozen import SharedBuffer
 from lamina.ops.loss import cross_entropy_sum
 
@@ -96,6 +97,14 @@ for tokens, width in ((1, 16), (23, 48), (70, 64)):
     for one, other in zip([ours, *torch.autograd.grad(ours, (q, k, v), upstream.bfloat16())],
                           [plain, *torch.autograd.grad(plain, (q, k, v), upstream)]):
         torch.testing.assert_close(one.float(), other.float(), rtol=0.03, atol=0.03)
+    both = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(tokens)
+        q, k, v = (torch.randn(tokens + 1, heads, width).bfloat16().to(dtype) for heads in (4, 2, 2))
+        cache = Cache([tokens], 1, layers=1, kv_heads=2, head_width=width, dtype=dtype, device=torch.device("cpu"))
+        cache.prefill(range(1))(0, q[:-1], k[:-1], v[:-1], None)
+        both.append(cache(0, q[-1:], k[-1:], v[-1:], None).float())
+    torch.testing.assert_close(*both, rtol=0.01, atol=0.01)
 hidden, vocabulary = torch.randn(8, 16).bfloat16().requires_grad_(), torch.randn(37, 16).bfloat16()
 total, _ = cross_entropy_sum(hidden, vocabulary, torch.arange(8))
 expected = torch.nn.functional.cross_entropy(hidden.float() @ vocabulary.float().t(), torch.arange(8), reduction="sum")

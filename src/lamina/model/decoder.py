@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lamina.model.architecture import Architecture, Rope
 from lamina.ops.norm import rms_norm
+from lamina.ops.products import Sum, product, several
 from lamina.ops.rotary import rotate
 from lamina.ops.shapes import Float, Int
 from lamina.ops.swiglu import swiglu
@@ -44,6 +45,25 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """x·Wᵀ + b; W is frozen, and without gradients the product is the one of adapted linears."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out]
+        return super().forward(x) if torch.is_grad_enabled() else product((x, self.weight.t()), bias=self.bias)
+
+    @staticmethod
+    def together(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
+        """The outputs of linears that read the same input: without gradients, products that are computed together."""
+        if torch.is_grad_enabled() or any(type(linear) is not Linear or hooked(linear) for linear in linears):
+            return [linear(x) for linear in linears]
+        return several([Sum(((x, linear.weight.t()),), bias=linear.bias) for linear in linears])  # type: ignore[operator, arg-type]
+
+
+def hooked(linear: nn.Module) -> bool:
+    """Whether somebody wants to see the module's own call."""
+    return bool(linear._forward_hooks or linear._forward_pre_hooks)
+
+
 def together(x: Float[Tensor, "N D"], *linears: nn.Module) -> Sequence[Tensor]:
     """The outputs of linears that read the same input; a leaf that was put in a linear's place may know how to make them at once."""
     at_once = getattr(linears[0], "together", None)
@@ -56,10 +76,10 @@ class Attention(nn.Module):
     def __init__(self, a: Architecture, layer: int) -> None:
         super().__init__()
         self.layer, self.window, self.head_width = layer, a.windows[layer], a.head_width
-        self.q_proj = nn.Linear(a.width, a.heads * a.head_width, bias=a.qkv_bias)
-        self.k_proj = nn.Linear(a.width, a.kv_heads * a.head_width, bias=a.qkv_bias)
-        self.v_proj = nn.Linear(a.width, a.kv_heads * a.head_width, bias=a.qkv_bias)
-        self.o_proj = nn.Linear(a.heads * a.head_width, a.width, bias=a.output_bias)
+        self.q_proj = Linear(a.width, a.heads * a.head_width, bias=a.qkv_bias)
+        self.k_proj = Linear(a.width, a.kv_heads * a.head_width, bias=a.qkv_bias)
+        self.v_proj = Linear(a.width, a.kv_heads * a.head_width, bias=a.qkv_bias)
+        self.o_proj = Linear(a.heads * a.head_width, a.width, bias=a.output_bias)
         self.q_norm = Norm(a.head_width, a.norm_eps) if a.qk_norm else nn.Identity()
         self.k_norm = Norm(a.head_width, a.norm_eps) if a.qk_norm else nn.Identity()
 
@@ -84,9 +104,9 @@ class MLP(nn.Module):
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(a.width, a.mlp_width, bias=a.mlp_bias)
-        self.up_proj = nn.Linear(a.width, a.mlp_width, bias=a.mlp_bias)
-        self.down_proj = nn.Linear(a.mlp_width, a.width, bias=a.mlp_bias)
+        self.gate_proj = Linear(a.width, a.mlp_width, bias=a.mlp_bias)
+        self.up_proj = Linear(a.width, a.mlp_width, bias=a.mlp_bias)
+        self.down_proj = Linear(a.mlp_width, a.width, bias=a.mlp_bias)
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         out: Tensor = self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))

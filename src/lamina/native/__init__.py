@@ -1,8 +1,9 @@
-"""Kernels in C for a training step in bfloat16 on a CPU.
+"""Kernels in C for a training step, and for generation, in bfloat16 on a CPU.
 
 torch composes a norm, a gate or a rotation of simpler operations, each a pass over the whole tensor, its attention computes in
 fp32 what bf16 instructions do at twice the rate, and a sum of matrix products is rounded after each of them (docs/log.md).
 ``attention.c`` and ``rows.c`` make one pass of each, ``products.c`` and, over a weight in int8, ``integers.c`` take the whole sum,
+``few.c`` takes it where there are few rows, and ``cached.c`` attends over a cache, as generation needs both,
 and ``memory.cpp`` keeps what torch frees for what it allocates next. The system's compiler makes libraries of them for the very
 processor, once, in some seconds; they stay in the user's cache. Where that cannot be done, everything is computed by torch, as it
 is in every other precision and on every other device: the callers in ``ops`` ask with ``takes``, and their plain forms are what the
@@ -56,7 +57,10 @@ Argument = Tensor | int | float | ctypes.c_void_p | ctypes.Array[Any] | None
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the kernels compute with these tensors."""
-    return all(available(x.device.type, x.dtype) for x in tensors)
+    for x in tensors:  # a loop, because generation asks some hundred times for every token
+        if not (x.is_cpu and x.dtype is torch.bfloat16):
+            return False
+    return library() is not None
 
 
 def available(device: str, dtype: torch.dtype) -> bool:
@@ -70,19 +74,24 @@ def call(name: str, *arguments: Argument, threads: int | None = None) -> None:
     Raises:
         ValueError: a tensor is not contiguous: a kernel would take its memory for another tensor's.
     """
-    getattr(library(), name)(*map(_in_c, arguments), ctypes.c_int(threads or torch.get_num_threads()))
+    function = getattr(library(), name)
+    if function.argtypes is None:
+        function.argtypes = [*map(_type, arguments), ctypes.c_int]
+    values = [_address(value) if isinstance(value, Tensor) else value for value in arguments]
+    function(*values, threads or torch.get_num_threads())
 
 
-def _in_c(value: Argument) -> object:
-    if isinstance(value, Tensor):
-        if not value.is_contiguous():
-            raise ValueError(
-                f"found a tensor {list(value.shape)} with strides {value.stride()}, expected a contiguous one"
-            )
-        return ctypes.c_void_p(value.data_ptr())
+def _address(x: Tensor) -> int:
+    if not x.is_contiguous():
+        raise ValueError(f"found a tensor {list(x.shape)} with strides {x.stride()}, expected a contiguous one")
+    return x.data_ptr()
+
+
+def _type(value: Argument) -> type:
+    """What a kernel's argument is, as the first call tells it: in every call the same."""
     if isinstance(value, int | float):
-        return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
-    return value
+        return ctypes.c_float if isinstance(value, float) else ctypes.c_long
+    return ctypes.c_void_p
 
 
 def ask(name: str, *arguments: int) -> int:

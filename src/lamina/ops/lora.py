@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamina.ops.frozen import Frozen, multiply_back, prepared
-from lamina.ops.products import product
+from lamina.ops.frozen import Dense, Frozen, multiply_back, prepared
+from lamina.ops.products import Sum, product, several
 from lamina.ops.shapes import Float
 
 
@@ -71,9 +71,21 @@ def adapted_linears(
         scale: s of all of them.
     """
     if not torch.is_grad_enabled():
-        return _products(x, dropped, scale, linears)[0]
+        return _without_graph(x, dropped, scale, linears)
     masters = [master for linear in linears for master in (linear.a, linear.b)]
     return _AdaptedLinear.apply(x, dropped, scale, linears, *masters)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _without_graph(x: Tensor, dropped: Tensor, scale: float, linears: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """The projections; over dense weights in half precision all products together, as a token in generation wants it."""
+    if x.dtype == torch.float32 or not all(isinstance(linear.weight, Dense) for linear in linears):
+        return _products(x, dropped, scale, linears)[0]
+    first, sums = [], []
+    for weight, bias, a, b in linears:
+        inner = x.new_empty(len(x), len(a))
+        first.append(Sum(((dropped, a.to(x.dtype).t()),), scale, out=inner))
+        sums.append(Sum(((x, weight.dense().t()), (inner, b.to(x.dtype).t())), bias=bias))
+    return tuple(several(sums, first))
 
 
 def _products(

@@ -59,12 +59,18 @@ class Setup:
     runtime: int = 0
     ledger: bool = False
 
-    def product(self, rows: int, columns: int, terms: int, turned: bool = False) -> int:
-        """What a product of the computation's dtype takes for its own use while it lasts."""
+    def product(self, rows: int, columns: int, terms: int, turned: bool = False, along: bool = False) -> int:
+        """What a product of the computation's dtype takes for its own use while it lasts.
+
+        Args:
+            turned, along: whether a of a·b is a transpose, and whether both lie along the sum.
+        """
         if self.device != "cpu" or self.itemsize == FLOAT:
             return 0
         if products.faster(rows, columns):
             return products.working_memory(rows, columns, terms + terms % 2, turned)
+        if along and min(rows, columns) < products.FEW and products.few_here():
+            return 0
         return SCRATCHPAD * torch.get_num_threads()
 
     def by_kernels(self, width: int) -> bool:
@@ -191,7 +197,7 @@ class Layer:
         for name, (outputs, inputs) in self.shapes.items():
             if name.startswith("mlp"):
                 rank, tokens = self.ranks.get(name, 0), self.after
-                forward.append(self.setup.product(tokens, outputs, inputs + rank))
+                forward.append(self.setup.product(tokens, outputs, inputs + rank, along=rank > 0))
                 backward.append(self.setup.product(tokens, inputs, outputs + rank))
                 if rank:
                     backward.append(self.setup.product(outputs, rank, tokens, turned=True))

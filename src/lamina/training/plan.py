@@ -213,8 +213,8 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     rows = loss_rows(setup, portion.supervised)
     slices = loss_slices(setup, portion.supervised)
     scores = [
-        setup.product(min(portion.supervised, slice_rows(setup.device)), *sizes)
-        for sizes in ((a.vocabulary, a.width), (a.width, a.vocabulary))
+        setup.product(min(portion.supervised, slice_rows(setup.device)), *sizes, along=along)
+        for sizes, along in (((a.vocabulary, a.width), True), ((a.width, a.vocabulary), False))
     ]
     at_loss = _buffer(setup, n) + max(scores)
     yield alive("loss", gradients=gradients, activations=kept + rows, loss_slices=slices, buffers=at_loss)

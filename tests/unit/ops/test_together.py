@@ -28,6 +28,7 @@ TWINS: dict[str, tuple[Any, str, Any]] = {
     "gate": (decoder, "swiglu", swiglu.plain),
     "rotation": (decoder, "rotate", rotate_plainly),
     "products": (products, "faster", lambda *_: False),
+    "few": (products, "few_here", lambda: False),
     "siblings": (decoder, "together", lambda x, *linears: [linear(x) for linear in linears]),
 }
 """Where each op is called from, its name there, and what autograd differentiates instead."""
