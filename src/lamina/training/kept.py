@@ -60,11 +60,8 @@ class Setup:
     ledger: bool = False
 
     def product(self, rows: int, columns: int, terms: int, turned: bool = False, along: bool = False) -> int:
-        """What a product of the computation's dtype takes for its own use while it lasts.
-
-        Args:
-            turned, along: whether a of a·b is a transpose, and whether both lie along the sum.
-        """
+        """What a product of the computation's dtype takes for its own use while it lasts: of factors of which one is a transpose
+        (``turned``), or which both lie along the sum (``along``)."""
         if self.device != "cpu" or self.itemsize == FLOAT:
             return 0
         if products.faster(rows, columns):
@@ -76,9 +73,8 @@ class Setup:
     def by_kernels(self, width: int) -> bool:
         """Whether rows of this width go to kernels of our own."""
         dtype = torch.float32 if self.itemsize == FLOAT else torch.bfloat16
-        return cuda.available(self.device, dtype) or (
-            width % native.LANES == 0 and native.available(self.device, dtype)
-        )
+        here = width % native.LANES == 0 and native.available(self.device, dtype)
+        return here or cuda.available(self.device, dtype)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
     for name in ("quantise_rows", "transpose"):
         monkeypatch.setattr(eights, name, noted(name, getattr(eights, name)))
-    monkeypatch.setattr(native, "available", lambda device, dtype: False)
+    monkeypatch.setattr(native, "takes", lambda *tensors: False)
     monkeypatch.setattr(cuda, "available", lambda device, dtype: dtype == torch.bfloat16)
     return called
 
