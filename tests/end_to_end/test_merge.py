@@ -126,6 +126,8 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
 
 
 MEASURE = """
+from lamina.process import prepare
+prepare()  # as the command does
 import sys
 from pathlib import Path
 from lamina.merging import merge

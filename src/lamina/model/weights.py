@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lamina import native, process
+from lamina import native
 from lamina.errors import ConfigError, ModelError
 from lamina.model.architecture import Architecture, read_config
 from lamina.model.checkpoint import Stored, stored_tensors, summary
@@ -107,8 +107,7 @@ def load_model(
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     model, stored = outline(locate(name, revision), dtype, base, double_quant)
     device = pick_device(device) if isinstance(device, str) else torch.device(device)
-    if device.type == "cpu" and process.PREPARED.is_set():
-        native.keep_memory()
+    native.own_memory(device)
     model.to_empty(device=device)
     read_module(model, "", stored)
     if quantised_of(model):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.process import of_glibc
+from lamina.process import PREPARED, of_glibc
 
 FLAGS = (
     "-O3",
@@ -121,6 +121,12 @@ def give_back() -> None:
         made.trim_arena()
     if (trim := of_glibc("malloc_trim")) is not None:
         trim(0)
+
+
+def own_memory(device: torch.device) -> None:
+    """Asks for ``keep_memory`` where a process that is Lamina's own computes on a CPU."""
+    if device.type == "cpu" and PREPARED.is_set():
+        keep_memory()
 
 
 @cache

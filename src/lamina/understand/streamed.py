@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamina import native
 from lamina.data.pack import Batch
 from lamina.model.checkpoint import Stored
 from lamina.model.decoder import Decoder, angles
@@ -34,6 +35,7 @@ def streamed_logits(
         adapter: A and B of its adapted linears by their name in the model.
         rows: indices [S] into the tokens of each batch.
     """
+    native.own_memory(device)
     trunk, a = outline.model, outline.architecture
     loaded = _Loader(stored, adapter, device)
     with loaded(trunk.embed_tokens, "model.embed_tokens"):
