@@ -30,11 +30,8 @@ def available(device: str, dtype: torch.dtype) -> bool:
 
 def about(device: str, dtype: torch.dtype) -> str:
     """For the lines that say what a run computes with: what is missing, where these kernels could compute."""
-    return (
-        f" by torch's own kernels (no {missing()}; slower)"
-        if device == "cuda" and dtype == torch.bfloat16 and missing()
-        else ""
-    )
+    wanted = device == "cuda" and dtype == torch.bfloat16
+    return f" by torch's own kernels (no {missing()}; slower)" if wanted and missing() else ""
 
 
 @cache

@@ -35,7 +35,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, *, differenti
     A target outside of the vocabulary is not noticed: that would wait for the device.
     """
     rows, width = logits.shape
-    if rows:
-        _cross_entropy[(rows,)](
-            logits, targets, losses, WIDTH=width, DIFFERENTIATE=differentiate, BLOCK=BLOCK, num_warps=8
-        )
+    settings = {"WIDTH": width, "DIFFERENTIATE": differentiate, "BLOCK": BLOCK, "num_warps": 8}
+    _cross_entropy[(rows,)](logits, targets, losses, **settings)

@@ -83,22 +83,15 @@ def _computed(one: Sum) -> Tensor:
     a, b = one.products[0]
     if faster(a.shape[0], b.shape[1]):
         if _readable(one.products, one.bias, one.out, one.dtype):
-            return _by_kernel(*one)
+            return _by_kernel(one)
     elif few_here() and _few(one):
         return _by_few([(one, False)])[0]
     with torch.no_grad():
-        return _by_torch(*one)
+        return _by_torch(one)
 
 
-def _by_torch(
-    products: tuple[Product, ...],
-    scale: float,
-    bias: Tensor | None,
-    out: Tensor | None,
-    onto: bool,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    (a, b), *others = products
+def _by_torch(one: Sum) -> Tensor:
+    ((a, b), *others), scale, bias, out, onto, dtype = one
     if a.is_cuda and dtype not in (None, a.dtype) and not others and scale == 1.0 and out is bias is None:
         return torch.mm(a, b, out_dtype=dtype)  # its sums are fp32 and are not rounded in between
     if out is None and scale == 1.0:
@@ -166,14 +159,8 @@ def _readable(
     return len(products) <= MOST and (dtype if out is None else out.dtype) in (None, torch.bfloat16, torch.float32)
 
 
-def _by_kernel(
-    products: tuple[Product, ...],
-    scale: float,
-    bias: Tensor | None,
-    out: Tensor | None,
-    onto: bool,
-    dtype: torch.dtype | None,
-) -> Tensor:
+def _by_kernel(one: Sum) -> Tensor:
+    products, scale, bias, out, onto, dtype = one
     a, b = products[0]
     rows, columns = a.shape[0], b.shape[1]
     if out is None:

@@ -181,10 +181,8 @@ class Layer:
         ]
         if needs:
             working.append(self.setup.product(tokens, width, sum(outputs) + sum(ranks)))
-        again = 1 + (
-            self.setup.base is not None
-        )  # over a quantised base one weight's gradient of the input is added to the others'
-        gradients = tokens * (sum(outputs) + sum(ranks) + width * needs * again) * self.e
+        again = self.setup.base is not None  # one weight's gradient of the input is added to the others'
+        gradients = tokens * (sum(outputs) + sum(ranks) + width * needs * (1 + again)) * self.e
         return self._read(names, needs, tokens), gradients + max(working)
 
     def products(self) -> tuple[int, int]:

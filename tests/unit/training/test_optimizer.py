@@ -1,6 +1,8 @@
 """The learning rate: rule of thumb and schedules; what AdamW is given."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -115,3 +117,25 @@ def test_the_update_that_a_merge_would_swallow() -> None:
     assert relative_update(250, 1e-5, "cosine", 0.03, seven_b) == pytest.approx(1e-3, rel=0.2)
     long = relative_update(4096, 1e-5, "cosine", 0.03, seven_b)  # a longer run has the same shape
     assert relative_update(10**9, 1e-5, "cosine", 0.03, seven_b) == pytest.approx(long * 10**9 / 4096)
+
+
+def test_adamw_loads_no_compiler() -> None:
+    """It takes a second, which a run would wait for before its first step."""
+    program = (
+        "import sys, torch; from lamina.training.optimizer import adamw; p = torch.nn.Parameter(torch.ones(3))\n"
+        "made = adamw('adamw', [p], 0.0, (0.9, 0.999), 1e-8); p.grad = torch.ones(3); made.step(); made.zero_grad()\n"
+        "made.load_state_dict(made.state_dict()); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_adamw_takes_the_steps_of_torchs_own() -> None:
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    one = adamw("adamw", [ours], 0.1, (0.9, 0.999), 1e-8)
+    other = torch.optim.AdamW([theirs], lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, fused=True)
+    for step in range(3):
+        for optimizer, parameter in ((one, ours), (other, theirs)):
+            optimizer.param_groups[0]["lr"] = 0.01
+            parameter.grad = torch.full((7,), step - 1.0)
+            optimizer.step()
+        assert torch.equal(ours, theirs)
