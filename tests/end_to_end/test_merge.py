@@ -11,7 +11,7 @@ import pytest
 import torch
 from merged_runs import a_run, proof, rewrite
 
-from lamina import jobfile, merging, policies
+from lamina import jobfile, merging, native, policies
 from lamina.errors import AdapterError, CheckpointError, ConfigError
 from lamina.job import read_job
 from lamina.merging import COMPARED, merge
@@ -159,4 +159,5 @@ def test_the_peak_is_a_layer_not_a_model(tmp_path: Path) -> None:
     assert tokens > 100
     layer = 2 * (4 * 1024 * 1024 + 3 * 1024 * 2816)
     assert 2 * layer < model / 3, "else the bound below would say nothing"
-    assert peak < model / 2  # a layer of each, and what the allocator keeps of those before
+    # A layer of each; and what the allocator keeps of those before, where it is the C library's.
+    assert peak < (3 * layer if native._memory()[0] else model / 2)
