@@ -55,8 +55,8 @@ static void product(long rows, long width, long inner, const pair *a, long a_row
     for (; j + COLUMNS * LANES <= width; j += COLUMNS * LANES)
         columns_of(COLUMNS, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
     long rest = (width - j) / LANES;
-    if (rest == 3) columns_of(3, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
-    else if (rest == 2) columns_of(2, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
+    if (COLUMNS > 3 && rest == 3) columns_of(3, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
+    else if (COLUMNS > 2 && rest == 2) columns_of(2, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
     else if (rest) columns_of(1, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
 }
 
