@@ -31,8 +31,9 @@ check: $(DEV)  ## format, lint, types and the fast tests: before every commit
 	$(PY) -m mypy
 	$(PYTEST) -q -m "not slow and not gpu" $(ARGS)
 
-bench: $(RUNTIME)  ## speed and memory beside other tools, in one run; QUICK=1 for a short one
+bench: $(RUNTIME)  ## speed and memory beside other tools, in one run, and its table in docs/; QUICK=1 for a short one
 	$(PY) benchmarks/run.py $(if $(QUICK),--quick) $(ARGS)
+	$(PY) benchmarks/tables.py
 
 docs: $(DEV)  ## write docs/reference.md and docs/benchmarks.md anew, and run the code in all pages
 	$(PY) scripts/write_reference.py

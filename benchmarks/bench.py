@@ -63,6 +63,10 @@ class Bench:
                 self.pythons[name] = environments.python(name, BUILD)
         return [arm for arm in arms if self.pythons[arm.environment]]
 
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.until is not None and time.time() > self.until
+
     def batch(self, workload: str) -> int:
         """Rows of a step."""
         return texts.BATCH[workload] * self.larger
@@ -144,7 +148,7 @@ class Bench:
                 warmup, steps = extent.of(arm, round_)
                 if not steps:
                     continue
-                if self.until and time.time() > self.until:
+                if self.over():
                     print(f"round {round_ + 1}  {arm.label:28} left out: the time is up", flush=True)
                     continue
                 batch, rows = self.batch(arm.workload), self.files.rows(arm.workload)
@@ -169,9 +173,10 @@ class Bench:
     def to_a_loss(self, arms: list[Arm], extent: Extent) -> None:
         """Seconds from the start of an arm's process to a held-out loss: halfway between the reference's after its last two steps.
 
-        All arms train the same, so all get there in the same step; what differs is how long they take to start and to compute.
+        All arms train the same, so all that race get there in the same step; what differs is how long they take to start and to
+        compute. Slow arms do not race.
         """
-        racers = [arm for arm in arms if arm.workload == "whole" and not arm.bound and arm in self.reports]
+        racers = [arm for arm in self.reports if arm.workload == "whole" and not (arm.bound or arm.slow)]
         reference = next((arm for arm in racers if arm.name == REFERENCE), None)
         if reference is None or not extent.loss_rounds:
             return
@@ -181,7 +186,7 @@ class Bench:
         print(f"held-out loss to reach: {until:.4f} (the reference's: {' '.join(f'{loss:.4f}' for loss in losses)})")
         for round_ in range(extent.loss_rounds):
             for arm in racers:
-                if round_ >= len(self.reports[arm]):
+                if round_ >= len(self.reports[arm]) or self.over():
                     continue
                 job = held | {"steps": 2 * extent.loss_steps, "until": until}
                 report = self.process(arm, f"to-loss-{round_}", **job)

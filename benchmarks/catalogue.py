@@ -18,7 +18,7 @@ class Arm:
 
     Attributes:
         program: the file in ``arms/``; environment: where it runs, "" for Lamina's own.
-        slow: runs fewer steps and rounds; extra: takes part in a full run only; asked: only where it is named.
+        slow: runs fewer steps and rounds, and to no loss; extra: takes part in a full run only; asked: only where it is named.
         own_weights: weighs the step's tokens in another way than all others, by its recipe; its losses are compared with nothing.
     """
 
@@ -152,7 +152,7 @@ class Extent:
         return self.warmup, self.steps
 
 
-FULL = Extent(rounds=5, warmup=1, steps=5, slow_rounds=3, slow_steps=3, loss_steps=5, loss_rounds=1)
+FULL = Extent(rounds=5, warmup=1, steps=5, slow_rounds=2, slow_steps=2, loss_steps=5, loss_rounds=1)
 QUICK = Extent(rounds=2, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)
 GPU = Extent(rounds=2, warmup=2, steps=5, slow_rounds=1, slow_steps=5, loss_steps=0, loss_rounds=0, slow_warmup=2)
 SMOKE = Extent(rounds=1, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)

@@ -1,5 +1,6 @@
 """The gates: what must hold before a speed is worth a line (every arm trains the same thing, and all of it)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,11 @@ def faults(
 
 
 def gradient_distances(ours: Path, theirs: Path) -> dict[str, float]:
-    """|g - g'| / |g'| of each matrix, in the 2-norm; both files must hold the same names."""
+    """|g - g'| / |g'| of each matrix, in the 2-norm; infinite where that is no number, and where a file lacks the matrix."""
     from safetensors.torch import load_file
 
     a, b = load_file(ours), load_file(theirs)
     if a.keys() != b.keys():
         return dict.fromkeys(a.keys() ^ b.keys(), float("inf"))
-    return {name: float((a[name].double() - b[name].double()).norm() / b[name].double().norm()) for name in a}
+    distances = {name: float((a[name].double() - b[name].double()).norm() / b[name].double().norm()) for name in a}
+    return {name: math.inf if math.isnan(distance) else distance for name, distance in distances.items()}

@@ -7,6 +7,7 @@ are told and not written.
 """
 
 import argparse
+import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,7 +76,7 @@ def rows_of(point: Point, reports: dict[Arm, list[dict[str, Any]]], fixed: dict[
     shape, made = point.shape, []
     adapted = shape.layers if shape.adapted == "all" else point.value
     for arm, own in reports.items():
-        loud = sorted(map(results.noise, own))[len(own) // 2]
+        loud = statistics.median(map(results.noise, own))
         made.append(
             fixed
             | {
@@ -85,7 +86,7 @@ def rows_of(point: Point, reports: dict[Arm, list[dict[str, Any]]], fixed: dict[
                 "model": f"llama-{shape.width}x{shape.layers}",
             }
             | {"rank": shape.rank, "length": point.length, "adapted_layers": adapted, "parameters": shape.parameters}
-            | {"tok_s": round(sorted(map(results.speed, own))[len(own) // 2], 1), "rounds": len(own)}
+            | {"tok_s": round(statistics.median(map(results.speed, own)), 1), "rounds": len(own)}
             | {"peak_gib": round(max(r["peak"] for r in own) / 2**30, 2), "others": round(loud, 3)}
             | {"versions": " ".join(f"{k} {v}" for k, v in own[0]["versions"].items()), "machine": machine.machine()}
             | {"threads": own[0]["threads"], "faults": "; ".join(results.loudness(loud))}

@@ -103,7 +103,7 @@ def summary(rows: list[Row]) -> str:
     if not peers:
         return "No peer over the same base in this run."
     best = min(peers, key=lambda row: float(row["lamina_is_times_faster"]))
-    parts = [f"Lamina is {best['lamina_is_times_faster']} × as fast as the fastest peer ({best['arm']})"]
+    parts = [f"Lamina is {best['lamina_is_times_faster']} × as fast as the fastest peer of this run ({best['arm']})"]
     trl = [row for row in peers if row["arm"].startswith("trl")]
     if trl:
         fast = min(trl, key=lambda row: float(row["lamina_is_times_faster"]))

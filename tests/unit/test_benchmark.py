@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,41 @@ def test_gates_without_their_reference_fail(tmp_path: Path, monkeypatch: pytest.
     arms = catalogue.chosen("lamina,peft", "whole", False)
     found = {arm.name: faults for arm, faults in made.gate(arms, at_once=2).items()}
     assert found == {"peft": ["alive: its process fails"], "lamina": ["fp32: no gate of peft to compare with"]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, []),
+        ({"silent": ["q.A"]}, ["alive: 1 matrices without a gradient, first q.A"]),
+        ({"tokens": 99}, ["counts: found (real, supervised) tokens [(99, 50)], the reference's are [(100, 50)]"]),
+        ({"loss": 2.0 * (1 + 2e-4)}, ["fp32: the loss of step 1 differs by 2.0e-04 relative, more than 1e-04"]),
+        ({"loss": float("nan")}, ["fp32: the loss of step 1 differs by nan relative, more than 1e-04"]),
+        ({"gradient": 1 + 2e-5}, ["fp32: the gradient of v.B differs by 2.0e-05, more than 1e-05"]),
+        ({"gradient": float("nan")}, ["fp32: the gradient of v.B differs by inf, more than 1e-05"]),
+        ({"name": "o.B"}, ["fp32: the gradient of v.B differs by inf, more than 1e-05"]),
+    ],
+)
+def test_what_the_gates_see(changed: dict[str, Any], told: list[str], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from torch import ones
+
+    def arm(
+        kept: Path, tokens: int = 100, loss: float = 2.0, gradient: float = 1.0, name: str = "v.B", **more: Any
+    ) -> Any:
+        save_file({"q.A": ones(2, 3), name: gradient * ones(3, 2)}, kept)
+        step = {"tokens": tokens, "supervised": 50, "loss": loss}
+        return {"silent": [], "steps": [step], "gradients": kept} | more
+
+    found = module("gates").faults("lamina", arm(tmp_path / "a", **changed), arm(tmp_path / "b"), exact=True)
+    assert [re.sub("[ov].B differs by inf", "v.B differs by inf", fault) for fault in found] == told
+
+
+def test_a_step_of_other_rows_is_told() -> None:
+    bench = module("bench")
+    steps = {"steps": [{"tokens": 10, "supervised": 4}, {"tokens": 11, "supervised": 4}]}
+    assert bench.miscounted(steps, iter([(10, 4), (11, 4)])) == ""
+    assert bench.miscounted(steps, iter([(10, 4), (11, 5)])).startswith("counts: step 2 had 11 tokens, 4 of them")
 
 
 def test_a_row_names_the_gpu_and_a_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:

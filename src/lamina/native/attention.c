@@ -2,10 +2,12 @@
 
    A thread takes one key head of one example, and of the query heads that read it BLOCK queries at a time. Their scores
    with all keys up to the last of them lie in fp32 in a core's cache (100 bytes a key), so a softmax sees its whole row and nothing has to be put
-   right afterwards. The backward pass computes them again: q, k and v are all that is kept. Products take bfloat16 and sum
-   in fp32; probabilities and the gradients of the scores are rounded for that, and nothing else is before the end.
+   right afterwards. The backward pass computes them again: q, k, v and, of each softmax, its highest score and 1/Σ are all that is
+   kept. Products take bfloat16 and sum in fp32; probabilities and the gradients of the scores are rounded for that, and nothing
+   else is before the end.
 
-   Layouts: q, its gradient and the output [tokens][heads][width]; k, v and theirs [tokens][key heads][width]. Width is a
+   Layouts: q, its gradient and the output [tokens][heads][width]; k, v and theirs [tokens][key heads][width]; what is kept
+   [tokens][heads][2]. Width is a
    multiple of 16, at most 256. Example e holds the tokens starts[e] … starts[e + 1] - 1. */
 #include "vector.h"
 #include <omp.h>
@@ -52,7 +54,10 @@ static void product(long rows, long width, long inner, const pair *a, long a_row
     long j = 0;
     for (; j + COLUMNS * LANES <= width; j += COLUMNS * LANES)
         columns_of(COLUMNS, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
-    for (; j < width; j += LANES) columns_of(1, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
+    long rest = (width - j) / LANES;
+    if (COLUMNS > 3 && rest == 3) columns_of(3, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
+    else if (COLUMNS > 2 && rest == 2) columns_of(2, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
+    else if (rest) columns_of(1, rows, inner, a, a_row, a_step, b + j, b_step, c + j, c_row, add);
 }
 
 /* The same rows, close together: out[rows][width/2], pairs along a row. */
@@ -82,15 +87,23 @@ static void transposed(const bf16 *x, long stride, long rows, long width, pair *
     }
 }
 
-/* Scores of one query to exp(scale·(score - highest)), which is 0 for keys it does not see; returns 1/Σ. */
-static float exponentials(float *scores, float scale, long seen, long padded) {
-    floats most = all(-INFINITY), total = all(0);
+/* What a query does not see, up to `padded` keys. */
+INLINE void hide(float *scores, long seen, long padded) {
     for (long j = seen; j < padded; j++) scores[j] = -INFINITY;
+}
+
+/* Scores of one query to weights 2^(slope·(score - highest)) in bfloat16, which are 0 for keys it does not see; what the backward
+   pass needs of them is kept. */
+static void weigh(float *scores, float slope, long seen, long padded, bf16 *weights, float *kept) {
+    floats most = all(-INFINITY), total = all(0);
+    hide(scores, seen, padded);
     for (long j = 0; j < padded; j += LANES) most = larger(load(scores + j), most);
     float highest = largest(most);
-    for (long j = 0; j < padded; j += LANES) store(scores + j, exponential((load(scores + j) - highest) * scale));
-    for (long j = 0; j < padded; j += LANES) total += load(scores + j);
-    return 1 / sum(total);
+    for (long j = 0; j < padded; j += LANES) {
+        floats weight = power_of_two((load(scores + j) - highest) * slope);
+        narrow(weights + j, weight), total += weight;
+    }
+    kept[0] = highest, kept[1] = 1 / sum(total);
 }
 
 /* Words of four bytes that one thread needs for examples of up to so many tokens. */
@@ -106,17 +119,17 @@ static long longest_of(const int64_t *starts, long examples) {
 }
 
 /* `memory` holds attention_memory(longest example, width) words for each thread. */
-void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, const int64_t *starts, long examples, long heads,
-               long key_heads, long width, pair *memory, int threads) {
+void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *kept, const int64_t *starts, long examples,
+               long heads, long key_heads, long width, pair *memory, int threads) {
     long longest = longest_of(starts, examples), line = pitch(longest), group = heads / key_heads;
-    float scale = 1 / sqrtf(width);
+    float slope = LOG2_E / sqrtf(width);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
     for (long e = 0; e < examples; e++)
         for (long key_head = 0; key_head < key_heads; key_head++) {
             long first = starts[e], tokens = starts[e + 1] - first, at = (first * key_heads + key_head) * width;
             pair *keys = memory + omp_get_thread_num() * attention_memory(longest, width);
             pair *values = keys + width / 2 * line, *weights = values + width / 2 * line, *query = weights + BLOCK * line / 2;
-            float *scores = (float *)(query + BLOCK * width / 2), *mixed = scores + BLOCK * line, inverse[BLOCK];
+            float *scores = (float *)(query + BLOCK * width / 2), *mixed = scores + BLOCK * line;
             transposed(k + at, key_heads * width, tokens, width, keys, line);
             across(v + at, key_heads * width, tokens, up(tokens, LANES), width, values);
             for (long head = key_head * group; head < (key_head + 1) * group; head++)
@@ -125,37 +138,45 @@ void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, const int
                     long here = ((first + start) * heads + head) * width;
                     along(q + here, heads * width, rows, width, query);
                     product(rows, padded, width / 2, query, width / 2, 1, keys, line, scores, line, 0);
-                    for (long i = 0; i < rows; i++) {
-                        inverse[i] = exponentials(scores + i * line, scale, start + i + 1, padded);
-                        for (long j = 0; j < padded; j += LANES)
-                            narrow((bf16 *)(weights + i * line / 2) + j, load(scores + i * line + j));
-                    }
+                    for (long i = 0; i < rows; i++)
+                        weigh(scores + i * line, slope, start + i + 1, padded, (bf16 *)(weights + i * line / 2),
+                              kept + 2 * ((first + start + i) * heads + head));
                     product(rows, width, padded / 2, weights, line / 2, 1, values, width, mixed, width, 0);
                     for (long i = 0; i < rows; i++)
                         for (long d = 0; d < width; d += LANES)
-                            narrow(out + here + i * heads * width + d, load(mixed + i * width + d) * inverse[i]);
+                            narrow(out + here + i * heads * width + d, load(mixed + i * width + d) * kept[2 * ((first + start + i) * heads + head) + 1]);
                 }
         }
 }
 
-/* One query: scores to probabilities p, and the gradients g of the probabilities to those of the scores, p·(g - Σ p·g). */
-static void pull_back(float *scores, float *grads, float scale, long seen, long padded) {
-    float inverse = exponentials(scores, scale, seen, padded);
+/* Scores of one query to probabilities p; returns Σ p·g over the gradients g of the probabilities. */
+static float probabilities(float *scores, const float *grads, float slope, long seen, long padded, const float *kept) {
     floats along_both = all(0);
+    hide(scores, seen, padded);
     for (long j = 0; j < padded; j += LANES) {
-        floats p = load(scores + j) * inverse;
-        store(scores + j, p);
-        along_both += p * load(grads + j);
+        floats p = power_of_two((load(scores + j) - kept[0]) * slope) * kept[1];
+        store(scores + j, p), along_both += p * load(grads + j);
     }
-    float mean = sum(along_both);
-    for (long j = 0; j < padded; j += LANES) store(grads + j, load(scores + j) * (load(grads + j) - mean));
+    return sum(along_both);
+}
+
+/* Of two queries: p, and the gradients of their scores, p·(g - Σ p·g), as pairs of both and those also as rows. */
+static void pull_back(const float *p, const float *grads, long line, const float *means, long padded, pair *p_pairs, pair *s_pairs,
+                      pair *s_rows) {
+    for (long j = 0; j < padded; j += LANES) {
+        floats first = load(p + j), second = load(p + line + j);
+        store_words(p_pairs + j, rounded(first) | rounded(second) << 16);
+        first *= load(grads + j) - means[0], second *= load(grads + line + j) - means[1];
+        store_words(s_pairs + j, rounded(first) | rounded(second) << 16);
+        narrow((bf16 *)s_rows + j, first), narrow((bf16 *)(s_rows + line / 2) + j, second);
+    }
 }
 
 /* `memory` holds attention_back_memory(longest example, width) words for each thread. */
-void attention_back(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *grad, bf16 *q_grad, bf16 *k_grad, bf16 *v_grad,
-                    const int64_t *starts, long examples, long heads, long key_heads, long width, pair *memory, int threads) {
+void attention_back(const bf16 *q, const bf16 *k, const bf16 *v, const float *kept, const bf16 *grad, bf16 *q_grad, bf16 *k_grad,
+                    bf16 *v_grad, const int64_t *starts, long examples, long heads, long key_heads, long width, pair *memory, int threads) {
     long longest = longest_of(starts, examples), line = pitch(longest), group = heads / key_heads;
-    float scale = 1 / sqrtf(width);
+    float scale = 1 / sqrtf(width), slope = LOG2_E * scale;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
     for (long e = 0; e < examples; e++)
         for (long key_head = 0; key_head < key_heads; key_head++) {
@@ -183,21 +204,17 @@ void attention_back(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *gra
                     across(grad + here, row, rows, even, width, pulled_pairs);
                     product(rows, padded, width / 2, query, width / 2, 1, keys, line, p, line, 0);
                     product(rows, padded, width / 2, pulled, width / 2, 1, values, line, s, line, 0);
-                    for (long i = 0; i < rows; i++) {
-                        pull_back(p + i * line, s + i * line, scale, start + i + 1, padded);
-                        for (long j = 0; j < padded; j += LANES)
-                            narrow((bf16 *)(s_rows + i * line / 2) + j, load(s + i * line + j));
-                    }
+                    float means[BLOCK] = {0};
+                    for (long i = 0; i < rows; i++)
+                        means[i] = probabilities(p + i * line, s + i * line, slope, start + i + 1, padded,
+                                                 kept + 2 * ((first + start + i) * heads + head));
                     if (even > rows) {
                         memset(p + rows * line, 0, sizeof(float) * padded);
                         memset(s + rows * line, 0, sizeof(float) * padded);
                     }
                     for (long i = 0; i < even; i += 2)
-                        for (long j = i * line; j < i * line + padded; j += LANES) {
-                            long to = j - i / 2 * line;
-                            store_words(p_pairs + to, rounded(load(p + j)) | rounded(load(p + j + line)) << 16);
-                            store_words(s_pairs + to, rounded(load(s + j)) | rounded(load(s + j + line)) << 16);
-                        }
+                        pull_back(p + i * line, s + i * line, line, means + i, padded, p_pairs + i / 2 * line,
+                                  s_pairs + i / 2 * line, s_rows + i * line / 2);
                     product(end, width, even / 2, p_pairs, 1, line, pulled_pairs, width, value_sums, width, 1);
                     product(end, width, even / 2, s_pairs, 1, line, query_pairs, width, key_sums, width, 1);
                     product(rows, width, padded / 2, s_rows, line / 2, 1, key_pairs, width, sums, width, 0);

@@ -209,6 +209,7 @@ void integer_products(const byte *a, const float *scales, const code *codes, lon
             for (long r = first; r < end; r += ROWS) {
                 int32_t sums[ROWS * PANEL];
                 long some = end - r < ROWS ? end - r : ROWS;
+                expect(out + r * columns + from, some, columns);
                 integer_tile_of(some, deep, a + r * step, step, packed, of.start, sums);
                 for (long i = 0; i < some; i++) rescale(sums + i * PANEL, scales[r + i], &of);
                 if (terms) tile_of(some, terms / 2, more + r * more_row, more_row, 2, pairs, (float *)sums, 1);

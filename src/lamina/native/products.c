@@ -151,6 +151,8 @@ void products(const sum_of_products *out, float scale, pair *memory, int threads
                     long r = keep ? i : first + i;
                     height = some - i < ROWS ? some - i : ROWS;
                     if (turned && height > PANEL - i % PANEL) height = PANEL - i % PANEL;
+                    if (!keep && !out->single && out->column == 1)
+                        expect((bf16 *)out->to + (first + i) * out->row + from, height, out->row);
                     float *here = keep ? sums + i * PANEL : sums;
                     for (int p = 0; p < found; p++)
                         tile_of(height, parts[p].inner, parts[p].a + r / PANEL * parts[p].panel + r % PANEL * parts[p].row, parts[p].row,

@@ -42,20 +42,29 @@ INLINE floats widen(const bf16 *from) { return (floats)(load_halves(from) << 16)
 
 /* To the nearest bfloat16, ties to even; what is not a number stays so. */
 INLINE words rounded(floats x) {
+#ifdef __AVX512BF16__
+    return (words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); /* subnormal numbers become zero, as in dot2 */
+#else
     words bits = (words)x, nearest = bits + 0x7fff + ((bits >> 16) & 1), broken = (words)(x != x);
     return ((broken & 0x7fc00000u) | (~broken & nearest)) >> 16;
+#endif
 }
 INLINE void narrow(bf16 *to, floats x) {
 #ifdef __AVX512BF16__
-    *(halves *)to = (halves)_mm512_cvtneps_pbh((__m512)x); /* subnormal numbers become zero, as in dot2 */
+    *(halves *)to = (halves)_mm512_cvtneps_pbh((__m512)x);
 #else
     *(halves *)to = __builtin_convertvector(rounded(x), halves);
 #endif
 }
 
+/* The halves of x change places; then those of its halves, and so on: after all four each number has met each. */
+#define TURNED_8(x) (floats)SHUFFLED(words, (words)x, (words)x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+#define TURNED_4(x) (floats)SHUFFLED(words, (words)x, (words)x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+#define TURNED_2(x) (floats)SHUFFLED(words, (words)x, (words)x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+#define TURNED_1(x) (floats)SHUFFLED(words, (words)x, (words)x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+
 INLINE float sum(floats x) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    x += TURNED_8(x), x += TURNED_4(x), x += TURNED_2(x), x += TURNED_1(x);
     return x[0];
 }
 
@@ -71,34 +80,46 @@ INLINE void sums_of_four(const floats *x, float *to) {
     for (int i = 0; i < 4; i++) to[i] = sum(x[i]);
 #endif
 }
-INLINE float largest(floats x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-    return most;
-}
-
 INLINE floats chosen(integers mask, floats yes, floats no) {
     return (floats)((mask & (integers)yes) | (~mask & (integers)no));
 }
 
-INLINE floats larger(floats a, floats b) { return chosen(a > b, a, b); }
-
-/* eˣ to 2e-7 of its value; 0 below -87 and infinite above 88; what is not a number stays so. 2ⁿ is written into the exponent, the
-   rest is Cephes' polynomial. */
-INLINE floats exponential(floats exact) {
-    integers low = exact < -87.0f, high = exact > 88.0f;
-    floats x = chosen(low | high, all(0), exact);
-    floats whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    floats rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;
-    floats p = rest * 1.98756915e-4f + 1.39819995e-3f;
-    p = p * rest + 8.33345190e-3f;
-    p = p * rest + 4.16657959e-2f;
-    p = p * rest + 1.66666666e-1f;
-    p = p * rest + 5.00000012e-1f;
-    p = p * rest * rest + rest + 1.0f;
-    p = p * (floats)((__builtin_convertvector(whole, integers) + 127) << 23);
-    return chosen(low, all(0), chosen(high, all(INFINITY), p));
+/* The larger, and the smaller, of each two; b's where one of them is not a number. */
+INLINE floats larger(floats a, floats b) {
+#ifdef __AVX512BF16__
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return chosen(a > b, a, b);
+#endif
 }
+INLINE floats smaller(floats a, floats b) {
+#ifdef __AVX512BF16__
+    return (floats)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return chosen(a < b, a, b);
+#endif
+}
+
+INLINE float largest(floats x) {
+    x = larger(x, TURNED_8(x)), x = larger(x, TURNED_4(x)), x = larger(x, TURNED_2(x)), x = larger(x, TURNED_1(x));
+    return x[0];
+}
+
+/* 2ˣ to 2e-7 of its value; 0 below -127 and infinite from 128 on; what is not a number stays so. The whole part of x is written into
+   the exponent, where the ends have their bits too; of the rest, at most a half, the polynomial errs least that is 1 at 0. */
+INLINE floats power_of_two(floats exact) {
+    floats x = smaller(all(128), larger(all(-127), exact));
+    floats moved = x + 12582912.0f, rest = x - (moved - 12582912.0f);
+    floats p = rest * 1.32647275e-3f + 9.67151286e-3f;
+    p = p * rest + 5.55073374e-2f;
+    p = p * rest + 2.40222421e-1f;
+    p = p * rest + 6.93146978e-1f;
+    p = p * rest + 1.0f;
+    return p * (floats)(((integers)moved << 23) + (127 << 23));
+}
+
+#define LOG2_E 1.44269504f
+INLINE floats exponential(floats x) { return power_of_two(x * LOG2_E); }
 
 /* c + a·b of both bf16 of every pair, summed in fp32. */
 INLINE floats dot2(floats c, words a, words b) {

@@ -214,6 +214,7 @@ class Layer:
         if any(needs):
             kept += n * (a.heads + 2 * a.kv_heads) * a.head_width * e  # q and k as they were rotated, v
             kept += self.plainly * a.heads * (a.head_width * e + FLOAT)  # SDPA's output, log Σ exp of each row
+            kept += (n - self.plainly) * a.heads * 2 * FLOAT  # the kernel's highest score and 1/Σ of each row
             if self.setup.device == "cuda" and e == FLOAT and a.kv_heads < a.heads:
                 kept += 2 * n * (a.heads - a.kv_heads) * a.head_width * e  # k and v are repeated for every head
             kept += masked * e
