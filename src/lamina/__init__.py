@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lamina.errors import DataError as DataError
     from lamina.errors import Error as Error
     from lamina.errors import ModelError as ModelError
+    from lamina.errors import OutOfMemoryError as OutOfMemoryError
     from lamina.errors import TrainingError as TrainingError
     from lamina.evaluation import Evaluating as Evaluating
     from lamina.evaluation import evaluate as evaluate
@@ -52,7 +53,16 @@ _HOME = {
     "data.examples": ("DataSettings", "read_examples"),
     "data.pack": ("Batch", "pack"),
     "data.render": ("render",),
-    "errors": ("AdapterError", "CheckpointError", "ConfigError", "DataError", "Error", "ModelError", "TrainingError"),
+    "errors": (
+        "AdapterError",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "Error",
+        "ModelError",
+        "OutOfMemoryError",
+        "TrainingError",
+    ),
     "evaluation": ("Evaluating", "evaluate"),
     "explaining": ("explain",),
     "generation": ("Sampling", "generate"),
@@ -80,6 +90,7 @@ __all__ = [
     "LoRA",
     "ModelError",
     "ModelSettings",
+    "OutOfMemoryError",
     "Result",
     "Sampling",
     "State",

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from lamina.errors import ConfigError, Error
+from lamina.errors import ConfigError, Error, memory_told
 from lamina.process import prepare
 
 COMMANDS = {
@@ -37,6 +37,7 @@ _EXAMPLES = """\
   lamina train --model M --data D            M, D: a folder or file, or a name on the Hugging Face Hub
   lamina init > job.toml; lamina train job.toml
   lamina chat runs/demo-1"""
+_MORE_MEMORY = "what was saved is untouched; free some memory, or run where there is more (--device)"
 # What the machine refuses, not what Lamina gets wrong: the user can mend these.
 _USERS = {
     errno.ENOSPC: "free some space",
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 must not end a run at a "≥"
             stream.reconfigure(errors="backslashreplace")
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        with memory_told(_MORE_MEMORY):  # what a run says itself, with its folder, passes
+            _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except Error as error:
         return _refuse(str(error), 2)

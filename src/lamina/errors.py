@@ -6,10 +6,20 @@ Error
 ├── ModelError       a base model: its config, its weights, its tokenizer
 ├── AdapterError     an adapter that does not fit, or fits another base
 ├── CheckpointError  a run folder: its lock, its saved state, its version
-└── TrainingError    a run that must not go on: non-finite numbers, matrices without a gradient
+├── TrainingError    a run that must not go on: non-finite numbers, matrices without a gradient
+└── OutOfMemoryError the memory of the machine or of its GPU ran out
 
 Anything that is not an ``Error`` is a bug of ours and ends with its traceback.
 """
+
+import contextlib
+from collections.abc import Iterator
+
+_NO_MEMORY = (
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "allocate memory", "bad_alloc"),
+    *("could not create a memory object", "could not create a primitive"),
+)
+"""How CUDA, cuBLAS, torch's allocator on a CPU, C++ and oneDNN say it, all of them in a RuntimeError."""
 
 
 class Error(Exception):
@@ -38,6 +48,25 @@ class CheckpointError(Error):
 
 class TrainingError(Error):
     """Training met a number or a gradient with which it must not go on."""
+
+
+class OutOfMemoryError(Error):
+    """Memory ran out, of the machine or of its GPU."""
+
+
+@contextlib.contextmanager
+def memory_told(advice: str) -> Iterator[None]:
+    """Turns the end of the memory into an error of ours, which says what to do.
+
+    Raises:
+        OutOfMemoryError: memory ran out; torch reports it as a RuntimeError, whose wording depends on where.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise OutOfMemoryError(f"out of memory; {advice}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -31,7 +31,7 @@ from lamina.training.heaviest import Heaviest, heaviest, tokens_of
 from lamina.training.kept import Portion, Setup
 from lamina.training.loop import Examples, Training
 from lamina.training.plan import Plan, in_process, plan, ranks_of
-from lamina.ways_out import Cut, Way, ways_out
+from lamina.ways_out import Cut, Way, of_job, of_run, ways_out
 
 GIB = 2**30
 
@@ -46,6 +46,7 @@ class Planned:
         free: bytes that the run may take.
         seconds: of training, estimated.
         tokens: of all steps.
+        resumed: the folder of a run that goes on, which may change little of its job.
     """
 
     plan: Plan
@@ -58,6 +59,7 @@ class Planned:
     tokens: int
     layers: int
     ways_out: tuple[tuple[str, int], ...] = ()
+    resumed: Path | None = None
 
     def lines(self) -> Iterator[str]:
         """The plan for people: the choice, the table, the time."""
@@ -83,13 +85,12 @@ class Planned:
         """
         if self.fits:
             return
-        ways = (
-            "; ".join(f"{flags} ({_size(size)})" for flags, size in self.ways_out)
-            or "no setting alone, but a smaller base"
-        )
+        command = f"lamina train --resume {self.resumed} " if self.resumed else ""
+        ways = "; ".join(f"{command}{flags} ({_size(size)})" for flags, size in self.ways_out)
+        none = "nothing that a resumed run may change" if self.resumed else "no setting alone, but a smaller base"
         raise TrainingError(
             f"the run needs {_size(self.plan.total)} and {self.device} has {_size(self.free)} free; what would fit: "
-            f"{ways}; to try it all the same: --memory-gib {math.ceil(self.plan.total / GIB * 11) / 10}"
+            f"{ways or none}; to try it all the same: {command}--memory-gib {math.ceil(self.plan.total / GIB * 11) / 10}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -114,11 +115,12 @@ class Planned:
         }
 
 
-def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planned:
+def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True, resumed: Path | None = None) -> Planned:
     """Plans the memory of a run, chooses what its settings leave open, and estimates its time.
 
     Args:
         timed: whether to time a layer here, which takes seconds and a layer's memory; else the time is 0.
+        resumed: the folder of the run, where it is one that goes on.
 
     Raises:
         ConfigError: an adapter that does not fit the model.
@@ -142,20 +144,25 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planne
         pace = calibrate(needs.setup.architecture, job.model, needs.setup.ranks, usual)
         lowest = min(int(path.split(".")[2]) for path in needs.setup.ranks)
         seconds = pace.seconds(tokens, layers, choice.checkpointed, lowest)
-    ways: tuple[tuple[str, int], ...] = ()
-    if not fits:
-
-        def needed(way: Way) -> int:
-            rows = Cut(data.train, lengths, way.longest or int(lengths.max()))
-            return (
-                _Needs(way.of(job), base, rows if way.longest else data.train, rows.lengths, device.type)
-                .choose(free)[1]
-                .total
-            )
-
-        ways = ways_out(job, int(lengths.max()), needed, free)
+    ways = () if fits else _ways_out(job, base, data, device.type, free, bool(resumed))
     batch = needs.heaviest(choice.tokens).first
-    return Planned(found, training, batch, fits, free, device.type, seconds, tokens, layers, ways)
+    return Planned(found, training, batch, fits, free, device.type, seconds, tokens, layers, ways, resumed)
+
+
+def _ways_out(
+    job: Job, base: Path, data: Prepared, device: str, free: int, resumed: bool
+) -> tuple[tuple[str, int], ...]:
+    """What would fit, of what may be changed."""
+    lengths = data.train.lengths
+    longest = int(lengths.max())
+
+    def needed(way: Way) -> int:
+        rows = Cut(data.train, lengths, way.longest or longest)
+        changed = _Needs(way.of(job), base, rows if way.longest else data.train, rows.lengths, device)
+        return changed.choose(free)[1].total
+
+    plain = form_of_folder(base, replace(job.model, base=None)) is None
+    return ways_out(of_run(job, device) if resumed else of_job(job, longest, device, plain), needed, free)
 
 
 def _free(job: Job, device: torch.device) -> int:

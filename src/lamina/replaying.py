@@ -25,7 +25,7 @@ from lamina import jobfile
 from lamina.adapter import adapted, detach
 from lamina.adapter_files import load_adapter
 from lamina.data.prepare import Prepared
-from lamina.errors import CheckpointError, ConfigError, DataError, Error, TrainingError
+from lamina.errors import CheckpointError, ConfigError, DataError, Error, OutOfMemoryError, TrainingError, memory_told
 from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data
 from lamina.merging import merge
 from lamina.model.decoder import Decoder
@@ -92,11 +92,14 @@ def resume_replay(folder: Path, show: Show | None = None) -> Replayed:
         jobs = (jobfile.load(str(folder / f"{name}.toml"), SECTIONS) for name in ("mended", "faithful"))
         mended, faithful = map(Job.of, jobs)
         try:
-            under_way = _Replay(folder, mended, letter, show or Silent())
-            under_way.entries = entries
-            under_way.go(list(variants(letter, mended, faithful)))
+            with memory_told("free some memory"):
+                under_way = _Replay(folder, mended, letter, show or Silent())
+                under_way.entries = entries
+                under_way.go(list(variants(letter, mended, faithful)))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; go on with: lamina replay --resume {folder}") from None
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{error}; the replay goes on with: lamina replay --resume {folder}") from None
     return Replayed(folder, tuple(under_way.entries))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from lamina import jobfile
 from lamina.adapter import attach
 from lamina.doctor.checkup import diagnose
-from lamina.errors import ConfigError, Error
+from lamina.errors import ConfigError, Error, OutOfMemoryError, memory_told
 from lamina.evaluation import answers
 from lamina.job import (
     SECTIONS,
@@ -36,11 +36,15 @@ from lamina.report.opening import data_lines, time_line, training_lines
 from lamina.report.record import write_json, write_text
 from lamina.reporting import write_explanation, write_page
 from lamina.training.available import Meter
-from lamina.training.loop import memory_told, start
+from lamina.training.loop import start
 from lamina.training.resume import has_state, locked
 from lamina.training.stopwatch import Stopwatch
 from lamina.under_way import CHANGEABLE, Show, Silent, UnderWay
 from lamina.understand.card import Asked, Card
+from lamina.ways_out import Way, of_run
+
+_BEFORE = "lower --micro-batch-tokens or --max-length, or raise --checkpoint-layers (the result stays the same but for --max-length)"
+"""What a run that memory ends before anything is saved may do."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def fine_tune(job: Job, show: Show | None = None, loaded: Decoder | None = None)
     with locked(folder):
         try:
             write_text(folder / "job.toml", jobfile.dump(job.sections()))
-            return _go(job, folder, show or Silent(), resuming=False, loaded=loaded)
+            return _go(job, folder, show or Silent(), resumed=False, loaded=loaded)
         except (Error, OSError, KeyboardInterrupt) as error:
             if (folder / "state").exists():
                 raise _with_the_way_on(error, folder) from None
@@ -97,15 +101,23 @@ def resume(
         job = replace(job, **{part: replace(section, **own)})
     with locked(folder):
         try:
-            return _go(job, folder, show or Silent(), resuming=has_state(folder), loaded=loaded)
-        except KeyboardInterrupt as interrupt:
-            raise _with_the_way_on(interrupt, folder) from None
+            return _go(job, folder, show or Silent(), resumed=True, loaded=loaded)
+        except (OutOfMemoryError, KeyboardInterrupt) as error:
+            raise _with_the_way_on(error, folder) from None
 
 
 def _with_the_way_on(error: BaseException, folder: Path) -> BaseException:
-    """An interrupt without a word, as a second Ctrl-C is, gets one; what says something already is left as it is."""
+    """What ends a run without saying how it goes on, as a second Ctrl-C and the end of the memory do, gets the command for it; what
+    says it already is left as it is."""
+    command = f"lamina train --resume {folder}"
+    if isinstance(error, OutOfMemoryError):
+        job = read_job(folder)  # as it was planned
+        layers = read_config(base_folder(job.model)).layers
+        flags = sum(of_run(job, pick_device(job.model.device).type, layers), Way()).flags
+        on = f"go on with: {command} {flags}" if flags else f"free some memory, and go on with: {command}"
+        return OutOfMemoryError(f"out of memory; what was saved is untouched; {on}")
     if isinstance(error, KeyboardInterrupt) and not str(error):
-        return KeyboardInterrupt(f"interrupted; go on from the last saved state with: lamina train --resume {folder}")
+        return KeyboardInterrupt(f"interrupted; go on from the last saved state with: {command}")
     return error
 
 
@@ -114,8 +126,9 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(child) if child.is_dir() else child.unlink()
 
 
-def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | None) -> Result:
-    watch = Stopwatch()
+@memory_told(_BEFORE)
+def _go(job: Job, folder: Path, show: Show, resumed: bool, loaded: Decoder | None) -> Result:
+    watch, resuming = Stopwatch(), resumed and has_state(folder)
     base = base_folder(job.model)
     check(job, base)
     with watch("data"):
@@ -129,7 +142,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
     if job.watch.patience and not len(data.held_out):
         raise ConfigError("watch.patience: counts evaluations, but nothing is held out; set eval_fraction or eval_data")
     with watch("planning"):
-        planned = plan_run(job, base, data)
+        planned = plan_run(job, base, data, resumed=folder if resumed else None)
     if not resuming:
         with watch("check"):
             diagnosis = diagnose(job, base, tokenizer, data, planned)
@@ -144,7 +157,7 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
         folder / "job.toml", jobfile.dump(job.sections())
     )  # with what was chosen: resumed, it is cut in the same way
     meter = Meter(pick_device(job.model.device))
-    with memory_told(), watch("load"):
+    with watch("load"):
         model = loaded or job.model.load(base)
         attach(model, job.adapter, job.head.seed)
         run = UnderWay(job, folder, base, model, data, start(model, job.train), show, watch)
@@ -152,18 +165,17 @@ def _go(job: Job, folder: Path, show: Show, resuming: bool, loaded: Decoder | No
         show.line(line)
     stop = stops(base, tokenizer, job.data.template)
     ask = partial(answers, model, data.held_out, tokenizer, stop, job.watch.samples, job.watch.sample_tokens)
-    with memory_told():
-        notes = run.train(resuming, planned, ask)
-        measured_peak = meter.peak()
-        show.line(compared(planned, measured_peak))
-        with watch("card"):
-            card = measured(Asked(model, tokenizer, stop), data, job, run.base_scores, run.last_scores)
-        with watch("explanation"):
-            write_explanation(model, folder, base, data.held_out, job.train.portion, show.line)
+    notes = run.train(resuming, planned, ask)
+    measured_peak = meter.peak()
+    show.line(compared(planned, measured_peak))
+    with watch("card"):
+        card = measured(Asked(model, tokenizer, stop), data, job, run.base_scores, run.last_scores)
+    with watch("explanation"):
+        write_explanation(model, folder, base, data.held_out, job.train.portion, show.line)
     told = about(job, model, folder) | {"held_out_fingerprint": data.held_out.fingerprint, "seconds": watch.seconds}
     more = {"memory": {"planned": planned.as_json(), "measured_bytes": measured_peak}, "ledger_notes": notes}
     write_json(folder / "card.json", told | more | card.as_json())
-    with watch("page"), memory_told():
+    with watch("page"):
         write_page(folder, show.line)
     show.line(time_line(watch.seconds))
     return Result(folder, card)

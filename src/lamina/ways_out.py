@@ -1,6 +1,6 @@
 """What a run that does not fit could change: each way with the memory it would need, the cheapest for the result first."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,25 +10,41 @@ from numpy.typing import NDArray
 from lamina.data.render import Rendered
 from lamina.job import Job
 from lamina.training.loop import Examples
+from lamina.training.optimizer import Kind
 
 SHOWN = 3
 SHORT = 64
 """Tokens below which no example is proposed to be cut."""
 LOW_RANK = 8
+LEANER: dict[str, dict[Kind, tuple[Kind, ...]]] = {
+    "cpu": {"adamw": ("adamw8bit",)},
+    "cuda": {
+        "adamw": ("paged-adamw", "paged-adamw8bit"),
+        "adamw8bit": ("paged-adamw8bit",),
+        "paged-adamw": ("paged-adamw8bit",),
+    },
+}
+"""Optimisers that take less memory, those first that round nothing."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A change of a job, as the flags that make it.
+    """A change of a job.
 
     Attributes:
+        options: the flags that make it, with their values; nothing, where a flag takes none.
         sections: other values for settings, by section.
         longest: tokens to which examples are cut; None leaves them.
     """
 
-    flags: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     longest: int | None = None
+
+    @property
+    def flags(self) -> str:
+        """The flags in a line."""
+        return " ".join(f"{flag} {value}".rstrip() for flag, value in self.options.items())
 
     def of(self, job: Job) -> Job:
         """The changed job."""
@@ -37,7 +53,7 @@ class Way:
     def __add__(self, other: "Way") -> "Way":
         names = [*self.sections, *(name for name in other.sections if name not in self.sections)]
         both = {name: {**self.sections.get(name, {}), **other.sections.get(name, {})} for name in names}
-        return Way(f"{self.flags} {other.flags}".strip(), both, other.longest or self.longest)
+        return Way({**self.options, **other.options}, both, other.longest or self.longest)
 
 
 class Cut:
@@ -57,14 +73,13 @@ class Cut:
         return Rendered(tokens, np.ones(len(tokens), dtype=np.bool_), example.row)
 
 
-def ways_out(job: Job, longest: int, needed: Callable[[Way], int], free: int) -> tuple[tuple[str, int], ...]:
+def ways_out(ways: Iterable[Way], needed: Callable[[Way], int], free: int) -> tuple[tuple[str, int], ...]:
     """The first few ways that fit, with the bytes they need; where too few do by themselves, all that are needed together.
 
     Args:
-        longest: tokens of the longest example.
         needed: the bytes of the best plan for a changed job.
     """
-    singles = list(_singles(job, longest))
+    singles = list(ways)
     found = [(way.flags, size) for way in singles if (size := needed(way)) <= free]
     together = Way()
     for way in singles:
@@ -77,22 +92,50 @@ def ways_out(job: Job, longest: int, needed: Callable[[Way], int], free: int) ->
     return tuple(found[:SHOWN])
 
 
-def _singles(job: Job, longest: int) -> Iterator[Way]:
-    """Changes in the order of what they cost the result: nothing, rounding, then what is learnt."""
-    train = job.train
+def of_run(job: Job, device: str, layers: int | None = None) -> Iterator[Way]:
+    """Changes of a run that goes on: those that leave it the same run.
+
+    Args:
+        layers: how many are to be computed twice; None lets the plan choose as few as fit.
+    """
+    if job.train.checkpoint_layers != layers:
+        number = "none" if layers is None else str(layers)
+        yield Way({"--checkpoint-layers": number}, {"train": {"checkpoint_layers": layers}})
+    yield from _offloading(job, device)
+
+
+def of_job(job: Job, longest: int, device: str, plain: bool) -> Iterator[Way]:
+    """Changes in the order of what they cost the result: nothing, rounding, then what is learnt.
+
+    Args:
+        longest: tokens of the longest example.
+        plain: whether the checkpoint stores numbers, which can be quantised; what is stored quantised stays as it is.
+    """
+    train, model = job.train, job.model
     if train.micro_batch_tokens is not None or train.checkpoint_layers is not None:
-        flags = "--micro-batch-tokens none --checkpoint-layers none"
-        yield Way(flags, {"train": {"micro_batch_tokens": None, "checkpoint_layers": None}})
-    if train.optimizer == "adamw":
-        yield Way("--optimizer adamw8bit", {"train": {"optimizer": "adamw8bit"}})
-    if job.model.dtype == "fp32":
-        base = {"base": None} if job.model.base == "fp32" else {}
-        yield Way("--dtype bf16", {"model": {"dtype": "bf16", **base}})
-    if job.model.form is None:
-        yield Way("--base nf4", {"model": {"base": "nf4"}})
+        both = {"micro_batch_tokens": None, "checkpoint_layers": None}
+        yield Way({"--micro-batch-tokens": "none", "--checkpoint-layers": "none"}, {"train": both})
+    yield from _offloading(job, device)
+    for kind in LEANER[device].get(train.optimizer, ()):
+        yield Way({"--optimizer": kind}, {"train": {"optimizer": kind}})
+    if model.dtype == "fp32":
+        values = {"dtype": "bf16"} | ({"base": "bf16"} if model.base == "fp32" else {})  # which must agree
+        yield Way({f"--{name}": value for name, value in values.items()}, {"model": values})
+    if plain and model.form in (None, "int8", "fp8"):
+        yield Way({"--base": "nf4"}, {"model": {"base": "nf4"}})
     if longest >= 2 * SHORT:
-        yield Way(f"--max-length {longest // 2}", longest=longest // 2)
+        yield _cut(longest // 2)
     if job.adapter.rank > LOW_RANK:
-        yield Way(f"--rank {LOW_RANK}", {"adapter": {"rank": LOW_RANK, "rank_pattern": {}}})
+        yield Way({"--rank": str(LOW_RANK)}, {"adapter": {"rank": LOW_RANK}})
     if longest >= 4 * SHORT:
-        yield Way(f"--max-length {longest // 4}", longest=longest // 4)
+        yield _cut(longest // 4)
+
+
+def _offloading(job: Job, device: str) -> Iterator[Way]:
+    """The inputs of checkpointed layers in the host's memory, where that is another."""
+    if device == "cuda" and not job.train.offload_checkpoints:
+        yield Way({"--offload-checkpoints": ""}, {"train": {"offload_checkpoints": True}})
+
+
+def _cut(longest: int) -> Way:
+    return Way({"--max-length": str(longest)}, longest=longest)

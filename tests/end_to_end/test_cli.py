@@ -225,6 +225,19 @@ def test_the_shipped_files_are_found_and_no_others() -> None:
             jobs.path(name)
 
 
+OUT_OF_MEMORY = (
+    "lamina: out of memory; what was saved is untouched; free some memory, or run where there is more (--device)\n"
+)
+SAID_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "DefaultCPUAllocator: can't allocate memory",
+    "std::bad_alloc",
+    "could not create a primitive",
+    "could not create a memory object",
+)
+
+
 def raising(error: BaseException) -> Callable[[str], types.SimpleNamespace]:
     def run(_: object) -> None:
         raise error
@@ -252,6 +265,8 @@ def raising(error: BaseException) -> Callable[[str], types.SimpleNamespace]:
             2,
             "lamina: runs: Read-only file system; choose a folder that can be written with --out\n",
         ),
+        (MemoryError(), 2, OUT_OF_MEMORY),
+        *((RuntimeError(words), 2, OUT_OF_MEMORY) for words in SAID_OF_MEMORY),
     ],
 )
 def test_exit_states(
@@ -266,7 +281,9 @@ def test_exit_states(
     assert capsys.readouterr().err.startswith(told)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), OSError(errno.EBADF, "Bad file descriptor")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("a bug"), OSError(errno.EBADF, "Bad file descriptor"), RuntimeError("mat1")]
+)
 def test_a_bug_keeps_its_traceback(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.importlib, "import_module", raising(error))
     with pytest.raises(type(error)):

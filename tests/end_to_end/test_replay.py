@@ -218,3 +218,15 @@ def test_a_replay_that_never_began_leaves_nothing(
     monkeypatch.setattr(replaying, "own_rows", ended)  # rows are being written
     assert cli.main(["replay", "C", *flags(named), "--out", str(tmp_path / "none")]) in (2, 130)
     assert not (tmp_path / "none").exists()
+
+
+def test_the_end_of_the_memory_is_told_with_how_the_replay_goes_on(
+    named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(replaying._Replay, "go", ended)
+    assert cli.main(["replay", "C", *flags(named), "--out", str(tmp_path / "some")]) == 2
+    told = f"out of memory; free some memory; the replay goes on with: lamina replay --resume {tmp_path / 'some'}"
+    assert capsys.readouterr().err == f"lamina: {told}\n"

@@ -1,6 +1,7 @@
 """A run's folder: what is kept, what is refused, and what is never lost."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from tokens import pieces
 from lamina import cli
 from lamina.adapter import LoRA
 from lamina.data.examples import DataSettings
-from lamina.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
+from lamina.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OutOfMemoryError,
+    TrainingError,
+    memory_told,
+)
 from lamina.evaluation import Evaluating
 from lamina.job import Job, Watching
 from lamina.jobfile import Head
@@ -23,7 +32,7 @@ from lamina.model.weights import ModelSettings
 from lamina.opened import card_of, neutral_of, open_run
 from lamina.report.record import read_metrics
 from lamina.run import fine_tune, resume
-from lamina.training.loop import Training, memory_told
+from lamina.training.loop import Training
 from lamina.training.resume import locked
 
 pytestmark = pytest.mark.usefixtures("no_page")
@@ -185,12 +194,82 @@ def test_a_seed_is_no_less_than_zero(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_end_of_the_memory_is_told_in_one_line() -> None:
     with (
-        pytest.raises(TrainingError, match="out of memory; what was saved is untouched; lower --micro-batch-tokens"),
-        memory_told(),
+        pytest.raises(OutOfMemoryError, match="^out of memory; buy some$"),
+        memory_told("buy some"),
     ):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory_told():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory_told("buy some"):
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def out_of_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_memory_that_runs_out_under_way_is_told_with_what_resuming_takes(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamina.under_way.train", out_of_memory)
+        with pytest.raises(OutOfMemoryError) as caught:
+            fine_tune(job(place, run))
+    told = f"out of memory; what was saved is untouched; go on with: lamina train --resume {run} --checkpoint-layers 2"
+    assert str(caught.value) == told
+    command = told.partition("with: lamina ")[2].split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamina.under_way.train", out_of_memory)
+        assert cli.main(command) == 2
+    less = f"free some memory, and go on with: lamina train --resume {run}"
+    assert capsys.readouterr().err == f"lamina: out of memory; what was saved is untouched; {less}\n"
+    assert cli.main(command) == 0
+
+
+def test_memory_that_runs_out_before_a_run_began_leaves_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamina.run.prepare_data", out_of_memory)
+    with pytest.raises(OutOfMemoryError, match="^out of memory; lower --micro-batch-tokens or --max-length, or raise"):
+        fine_tune(job(place, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_that_does_not_fit_names_what_resuming_takes(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    texts = [{"text": f"{n} " + "the cat sat on a mat " * 18} for n in range(8)]
+    rows.write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
+    fine_tune(job(place, run, data=DataSettings(data=str(rows), eval_fraction=0.25)))
+    once = json.loads((run / "card.json").read_text())["memory"]["planned"]["total_bytes"]
+    resumed = ["train", "--resume", str(run), "--memory-gib", f"{(once - 1000) / 2**30:.9f}"]
+    assert cli.main(resumed) == 2
+    told = capsys.readouterr().err
+    way = f"lamina train --resume {run} --checkpoint-layers none"
+    assert f"what would fit: {way} (" in told
+    assert f"to try it all the same: lamina train --resume {run} --memory-gib " in told
+    assert cli.main([*resumed, *way.split()[4:]]) == 0
+    assert cli.main(["train", "--resume", str(run), "--memory-gib", "0.001"]) == 2
+    assert "what would fit: nothing that a resumed run may change; to try" in capsys.readouterr().err
+
+
+def test_what_is_stored_quantised_is_not_quantised_anew_where_it_does_not_fit(place: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(place / "base", base)
+    stored = load_file(base / "model.safetensors")
+    for name in [name for name in stored if name.endswith("proj.weight")]:
+        stored[name] = stored[name].to(torch.int8)
+        stored[name.replace("weight", "SCB")] = torch.ones(len(stored[name]))
+    save_file(stored, base / "model.safetensors")
+    with pytest.raises(TrainingError, match="what would fit: no setting alone, but a smaller base"):
+        fine_tune(
+            job(
+                tmp_path,
+                tmp_path / "run",
+                data=DataSettings(data=str(place / "rows.jsonl")),
+                train=Training(memory_gib=0.001),
+            )
+        )
 
 
 def test_an_adapter_without_effect_is_refused(place: Path, tmp_path: Path) -> None:

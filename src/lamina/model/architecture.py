@@ -17,6 +17,12 @@ from typing import Any, Literal
 from lamina.errors import ModelError
 from lamina.model.keys import Keys, read_json, short
 
+STORABLE = (
+    "computed are bitsandbytes' 4-bit and 8-bit forms; name the unquantised model that this one was made from as --model, with "
+    "--base nf4 for four bits"
+)
+"""What to say of a model that is stored quantised in another form."""
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -155,10 +161,7 @@ def _refuse_storage(keys: Keys) -> None:
     quantised = keys.take("quantization_config")
     method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
     if method not in (None, "bitsandbytes"):  # what that stored is read by ``storage``
-        keys.problem(
-            f"quantization_config: the weights are stored quantised by {method}, computed are bitsandbytes' 4-bit and 8-bit "
-            "forms; name the unquantised model that this one was made from as --model, with --base nf4 for four bits"
-        )
+        keys.problem(f"quantization_config: the weights are stored quantised by {method}, {STORABLE}")
     if keys.take("auto_map"):
         keys.problem("auto_map: the checkpoint brings its own code, which is never run")
 

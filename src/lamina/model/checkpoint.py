@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lamina.errors import ModelError
+from lamina.model.architecture import STORABLE
 
 DTYPES = {
     "F64": torch.float64,
@@ -99,11 +100,18 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Lists the tensors of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` names.
 
     Raises:
-        ModelError: no safetensors, a shard is missing, or a file is damaged.
+        ModelError: no safetensors, a shard is missing, a file is damaged, or GPTQ or AWQ quantised what is stored.
     """
+    tensors = {tensor.name: tensor for file in _files(folder) for tensor in read_header(file)}
+    if packed := next((name for name in tensors if name.endswith(".qweight")), None):
+        raise ModelError(f"{folder}: {_packed(packed)}")
+    return tensors
+
+
+def _files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        return {tensor.name: tensor for tensor in read_header(single)}
+        return [single]
     if not index.exists():
         raise ModelError(f"{folder}: {_why_no_weights(folder)}")
     try:
@@ -115,10 +123,18 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         raise ModelError(
             f"{folder}: shards named by {index.name} are missing: {', '.join(missing)}; download them again"
         )
-    return {tensor.name: tensor for shard in shards for tensor in read_header(folder / shard)}
+    return [folder / shard for shard in shards]
+
+
+def _packed(sign: str) -> str:
+    """What to say of weights that GPTQ or AWQ quantised, where config.json does not: AutoGPTQ's and AutoAWQ's older folders."""
+    return f"the weights are stored quantised by GPTQ or AWQ (there is {sign}), {STORABLE}"
 
 
 def _why_no_weights(folder: Path) -> str:
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (folder / name).exists():
+            return _packed(name)
     if any(folder.glob("pytorch_model*.bin*")):
         return (
             "holds pytorch_model.bin, a pickle that can run code when read; convert it once, where you trust it: "

@@ -6,7 +6,6 @@ micro-batches as the token budget allows, losses and gradients are **sums** over
 the step's supervised tokens. How a step is cut into micro-batches therefore changes nothing but its memory.
 """
 
-import contextlib
 import resource
 import sys
 import time
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from lamina.adapter import adapted
 from lamina.data.pack import Batch, pack
 from lamina.data.render import Rendered
-from lamina.errors import DataError, TrainingError
+from lamina.errors import DataError
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
 from lamina.ops.loss import IGNORED, cross_entropy_sum
@@ -238,29 +237,6 @@ def rehearse(model: Decoder, batch: Batch, training: Training) -> None:
         loss = backward(model, batch, training)
     model.zero_grad(set_to_none=True)
     refuse_non_finite(model, loss, loss, [batch], 1)
-
-
-_NO_MEMORY = ("allocate memory", "bad_alloc", "could not create a memory object", "could not create a primitive")
-"""How torch's allocator, C++ and oneDNN say it on a CPU."""
-
-
-@contextlib.contextmanager
-def memory_told() -> Iterator[None]:
-    """Turns the end of the memory into an error that names the ways out.
-
-    Raises:
-        TrainingError: memory ran out; torch reports it as a RuntimeError of its own wording on a CPU.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(words in str(error) for words in _NO_MEMORY):
-            raise
-        raise TrainingError(
-            "out of memory; what was saved is untouched; lower --micro-batch-tokens or --max-length, or raise "
-            "--checkpoint-layers (the result stays the same but for --max-length)"
-        ) from None
 
 
 def memory(device: torch.device) -> int:

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tensors, write_tiny
+from tiny import tensors, write_tiny, write_weights
 
 from lamina.errors import ModelError
 from lamina.model.checkpoint import DTYPES, read_header, stored_tensors, summary
+from lamina.model.weights import load_model
 
 
 @pytest.fixture
@@ -76,6 +77,33 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match=r"holds pytorch_model.bin, a pickle .* convert it once.*save_pretrained\('"):
         stored_tensors(tmp_path)
+
+
+QUANTISED = (
+    "the weights are stored quantised by GPTQ or AWQ (there is {}), computed are bitsandbytes' 4-bit and 8-bit forms; name the "
+    "unquantised model that this one was made from as --model, with --base nf4 for four bits"
+)
+
+
+def test_what_gptq_or_awq_quantised_is_refused_by_name(tmp_path: Path) -> None:
+    """As AutoGPTQ wrote it: config.json says nothing of it."""
+    weights = tensors()
+    path = "model.layers.0.mlp.up_proj"
+    weights[f"{path}.qweight"] = torch.zeros(4, 48, dtype=torch.int32)
+    del weights[f"{path}.weight"]
+    write_weights(write_tiny(tmp_path), weights)
+    with pytest.raises(ModelError) as caught:
+        load_model(tmp_path, "fp32", "cpu")
+    assert str(caught.value) == f"{tmp_path}: {QUANTISED.format(f'{path}.qweight')}"
+
+
+def test_a_folder_that_gptq_or_awq_quantised_is_known_without_its_weights(tmp_path: Path) -> None:
+    for name in ("gptq_model-4bit-128g.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "quantize_config.json").write_text("{}")
+    with pytest.raises(ModelError) as caught:
+        stored_tensors(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: {QUANTISED.format('quantize_config.json')}"
 
 
 def test_the_conversion_that_the_message_names_works(tmp_path: Path) -> None:
