@@ -116,7 +116,7 @@ def of_job(job: Job, longest: int, device: str, plain: bool) -> Iterator[Way]:
         both = {"micro_batch_tokens": None, "checkpoint_layers": None}
         yield Way({"--micro-batch-tokens": "none", "--checkpoint-layers": "none"}, {"train": both})
     yield from _offloading(job, device)
-    for kind in LEANER[device].get(train.optimizer, ()):
+    for kind in LEANER.get(device, {}).get(train.optimizer, ()):
         yield Way({"--optimizer": kind}, {"train": {"optimizer": kind}})
     if model.dtype == "fp32":
         values = {"dtype": "bf16"} | ({"base": "bf16"} if model.base == "fp32" else {})  # which must agree
