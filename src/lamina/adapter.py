@@ -13,11 +13,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lamina.errors import AdapterError, ConfigError
 from lamina.model.decoder import Decoder, hooked
 from lamina.model.quantised import Linear, device_of, form_of, linears_of, replace
+from lamina.ops.dropout import Dropout
 from lamina.ops.lora import Adapted, adapted_linears
 from lamina.ops.products import FEW
 from lamina.section import section
@@ -94,8 +94,8 @@ class AdaptedLinear(nn.Module):
         if self.strength == 0.0:
             out: Tensor = self.base(x)
             return out
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        return adapted_linears(x, dropped, self.scale * self.strength, self._operands())[0]
+        dropout = Dropout.drawn(self.dropout) if self.training and self.dropout else None
+        return adapted_linears(x, self.scale * self.strength, self._operands(), dropout=dropout)[0]
 
     def _operands(self) -> Adapted:
         a, b = (self.narrow if not torch.is_grad_enabled() else None) or (self.a, self.b)
@@ -120,7 +120,7 @@ class AdaptedLinear(nn.Module):
             or 0.0 in scales
         ):
             return [linear(x) for linear in linears]
-        return adapted_linears(x, x, scales.pop(), *(linear._operands() for linear in adapted))
+        return adapted_linears(x, scales.pop(), *(linear._operands() for linear in adapted))
 
 
 def attach(model: Decoder, lora: LoRA, seed: int = 0) -> dict[str, AdaptedLinear]:

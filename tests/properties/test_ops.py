@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.ops.attention import Packed, attend_causally
+from lamina.ops.dropout import Dropout
 from lamina.ops.frozen import Dense
 from lamina.ops.lora import adapted_linear, plain
 from lamina.ops.loss import IGNORED, cross_entropy_sum
@@ -27,9 +28,9 @@ def test_adapted_projection_has_the_bits_of_the_formula(
     tokens: int, inputs: int, outputs: int, rank: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    x, dropped, weight = torch.randn(tokens, inputs), torch.randn(tokens, inputs), torch.randn(outputs, inputs)
+    x, weight, dropout = torch.randn(tokens, inputs), torch.randn(outputs, inputs), Dropout(0.3, seed)
     given_ = (torch.randn(outputs), torch.randn(rank, inputs), torch.randn(outputs, rank), 1.7)
-    assert torch.equal(adapted_linear(x, dropped, Dense(weight), *given_), plain(x, dropped, weight, *given_))
+    assert torch.equal(adapted_linear(x, Dense(weight), *given_, dropout), plain(x, dropout(x), weight, *given_))
 
 
 @fast

@@ -3,7 +3,8 @@
 W is frozen, so a step needs no gradient of W, only the one through it; it may be stored in any form of ``frozen``. Autograd's
 own graph for the formula keeps the projection and the scaled product, and adds two gradients of x in a pass of their own; the
 op keeps x and s·x·Aᵀ, and sums where a GEMM can. Projections of the same input, such as q, k and v, are one op, and the gradient
-of x is one sum. ``plain`` is the reference that the op is tested against.
+of x is one sum. What dropout takes from the adapter's input is drawn again for the backward pass and not kept. ``plain`` is the
+reference that the op is tested against.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina.ops.dropout import Dropout
 from lamina.ops.frozen import Dense, Frozen, multiply_back, prepared
 from lamina.ops.products import Sum, product, several
 from lamina.ops.shapes import Float
@@ -50,37 +52,37 @@ class Adapted(NamedTuple):
 
 def adapted_linear(
     x: Float[Tensor, "N D"],
-    dropped: Float[Tensor, "N D"],
     weight: Frozen,
     bias: Float[Tensor, " out"] | None,
     a: Float[Tensor, "R D"],
     b: Float[Tensor, "out R"],
     scale: float,
+    dropout: Dropout | None = None,
 ) -> Float[Tensor, "N out"]:
     """Computes ``plain`` as one op; the same bits in fp32, fewer roundings and less traffic in bf16."""
-    return adapted_linears(x, dropped, scale, Adapted(weight, bias, a, b))[0]
+    return adapted_linears(x, scale, Adapted(weight, bias, a, b), dropout=dropout)[0]
 
 
 def adapted_linears(
-    x: Float[Tensor, "N D"], dropped: Float[Tensor, "N D"], scale: float, *linears: Adapted
+    x: Float[Tensor, "N D"], scale: float, *linears: Adapted, dropout: Dropout | None = None
 ) -> tuple[Float[Tensor, "N _"], ...]:
     """Computes ``adapted_linear`` for several projections of the same input, as one op.
 
     Args:
-        dropped: what the adapters read, as in ``plain``.
         scale: s of all of them.
+        dropout: what all the adapters read x through; by default nothing is dropped.
     """
     if not torch.is_grad_enabled():
-        return _without_graph(x, dropped, scale, linears)
+        return _without_graph(x, dropout, scale, linears)
     masters = [master for linear in linears for master in (linear.a, linear.b)]
-    return _AdaptedLinear.apply(x, dropped, scale, linears, *masters)  # type: ignore[no-untyped-call, no-any-return]
+    return _AdaptedLinear.apply(x, dropout, scale, linears, *masters)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _without_graph(x: Tensor, dropped: Tensor, scale: float, linears: Sequence[Adapted]) -> tuple[Tensor, ...]:
+def _without_graph(x: Tensor, dropout: Dropout | None, scale: float, linears: Sequence[Adapted]) -> tuple[Tensor, ...]:
     """The projections; over dense weights in half precision all products together, as a token in generation wants it."""
     if x.dtype == torch.float32 or not all(isinstance(linear.weight, Dense) for linear in linears):
-        return _products(x, dropped, scale, linears)[0]
-    first, sums = [], []
+        return _products(x, dropout, scale, linears)[0]
+    first, sums, dropped = [], [], _through(dropout, x)
     for weight, bias, a, b in linears:
         inner = x.new_empty(len(x), len(a))
         first.append(Sum(((dropped, a.to(x.dtype).t()),), scale, out=inner))
@@ -89,11 +91,11 @@ def _without_graph(x: Tensor, dropped: Tensor, scale: float, linears: Sequence[A
 
 
 def _products(
-    x: Tensor, dropped: Tensor, scale: float, linears: Sequence[Adapted]
+    x: Tensor, dropout: Dropout | None, scale: float, linears: Sequence[Adapted]
 ) -> tuple[tuple[Tensor, ...], Tensor, list[Tensor]]:
     """The projections [N, out], the adapters' inner products s·x·Aᵀ [N, ΣR], all A [ΣR, D] and each B in x's dtype."""
     all_a, each_b = _stacked([linear.a for linear in linears], x.dtype), [linear.b.to(x.dtype) for linear in linears]
-    narrow, outs = x.new_empty(len(x), len(all_a)), []
+    narrow, outs, dropped = x.new_empty(len(x), len(all_a)), [], _through(dropout, x)
     parts = zip(linears, _split(all_a, linears, 0), each_b, _split(narrow, linears), strict=True)
     if x.dtype == torch.float32:  # each product and sum is rounded by itself, as PEFT does
         for linear, a, b, inner in parts:
@@ -102,9 +104,14 @@ def _products(
         narrow.mul_(scale)
     else:
         product((dropped, all_a.t()), scale=scale, out=narrow)
+        del dropped
         given = prepared(x, [linear.weight for linear in linears])
         outs = [linear.weight.multiply(given, linear.bias, (inner, b.t())) for linear, _, b, inner in parts]
     return tuple(outs), narrow, [all_a, *each_b]
+
+
+def _through(dropout: Dropout | None, x: Tensor) -> Tensor:
+    return x if dropout is None else dropout(x)
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -125,30 +132,29 @@ def _split(narrow: Tensor, linears: Sequence[Adapted], dim: int = 1) -> tuple[Te
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor, scale: float, linears: Sequence[Adapted], *masters: Tensor
+        ctx: Any, x: Tensor, dropout: Dropout | None, scale: float, linears: Sequence[Adapted], *masters: Tensor
     ) -> tuple[Tensor, ...]:
-        outs, narrow, factors = _products(x, dropped, scale, linears)
-        ctx.save_for_backward(dropped, narrow, *factors)
-        ctx.linears, ctx.scale, ctx.same = linears, scale, dropped is x  # W is frozen: no version of it to watch
+        outs, narrow, factors = _products(x, dropout, scale, linears)
+        ctx.save_for_backward(x, narrow, *factors)
+        ctx.linears, ctx.scale, ctx.dropout = linears, scale, dropout  # W is frozen: no version of it to watch
         return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, narrow, all_a, *each_b = ctx.saved_tensors
+        x, narrow, all_a, *each_b = ctx.saved_tensors
         master = ctx.linears[0].a.dtype
         narrow_grad = torch.empty_like(narrow)
         inner_grads = _split(narrow_grad, ctx.linears)
         for grad, b, inner_grad in zip(grads, each_b, inner_grads, strict=True):
             product((grad, b), scale=ctx.scale, out=inner_grad)
-        a_grads = _split(product((narrow_grad.t(), dropped), dtype=master), ctx.linears, 0)
+        a_grads = _split(product((narrow_grad.t(), _through(ctx.dropout, x)), dtype=master), ctx.linears, 0)
         inners = zip(grads, _split(narrow, ctx.linears), strict=True)
         b_grads = [product((grad.t(), inner), dtype=master) for grad, inner in inners]
-        x_grad = dropped_grad = None
-        to_input = (narrow_grad, all_a)
+        x_grad, to_input = None, (narrow_grad, all_a)
         if ctx.needs_input_grad[0]:
             weights = [linear.weight for linear in ctx.linears]
-            x_grad = multiply_back(weights, grads, *([to_input] if ctx.same else []))
-        if not ctx.same and ctx.needs_input_grad[1]:
-            dropped_grad = product(to_input)
+            x_grad = multiply_back(weights, grads, *([] if ctx.dropout else [to_input]))
+            if ctx.dropout:
+                x_grad.add_(ctx.dropout(product(to_input)))
         of_masters = (grad for both in zip(a_grads, b_grads, strict=True) for grad in both)
-        return x_grad, dropped_grad, None, None, *of_masters
+        return x_grad, None, None, None, *of_masters

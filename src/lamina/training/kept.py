@@ -183,7 +183,7 @@ class Layer:
             working.append(self.setup.product(tokens, width, sum(outputs) + sum(ranks)))
         again = self.setup.base is not None  # one weight's gradient of the input is added to the others'
         gradients = tokens * (sum(outputs) + sum(ranks) + width * needs * (1 + again)) * self.e
-        return self._read(names, needs, tokens), gradients + max(working)
+        return self._read(names, tokens), gradients + max(working)
 
     def products(self) -> tuple[int, int]:
         """What any product of the MLP takes for its own use, forward and backward."""
@@ -202,7 +202,7 @@ class Layer:
         a, n, e = self.setup.architecture, self.n, self.e
         needs = [self.entering or name in self.ranks for name in QKV]
         kept = norm_kept(self.setup, n, a.width) if self.entering else 0
-        kept += self._read(QKV, self.entering, n)
+        kept += self._read(QKV, n)
         if a.qk_norm:
             query, key = n * a.heads * needs[0], n * a.kv_heads * needs[1]
             of_key = norm_kept(self.setup, key, a.head_width)
@@ -218,7 +218,7 @@ class Layer:
             if self.setup.device == "cuda" and e == FLOAT and a.kv_heads < a.heads:
                 kept += 2 * n * (a.heads - a.kv_heads) * a.head_width * e  # k and v are repeated for every head
             kept += masked * e
-        self.output = self._read(["self_attn.o_proj"], any(needs), self.after)
+        self.output = self._read(["self_attn.o_proj"], self.after)
         return kept + self.output
 
     def _mixing(self, lengths: tuple[int, ...], kernel: bool) -> int:
@@ -236,25 +236,24 @@ class Layer:
         stream, inner = self.after * self.setup.architecture.width * self.e, numbers * self.e
         gate, up = (self.middle or f"mlp.{name}_proj" in self.ranks for name in ("gate", "up"))
         product, down = gate or up, "mlp.down_proj" in self.ranks
-        kept = inner * 2 * product + self._read(GATE_UP, self.middle, self.after)
-        kept += self._read(["mlp.down_proj"], product, self.after)
+        kept = inner * 2 * product + self._read(GATE_UP, self.after)
+        kept += self._read(["mlp.down_proj"], self.after)
         # Forward: both factors and the product, then the product and the output; beside them the residual stream, which the
         # norm keeps where it keeps anything, and the MLP's input.
-        reads = not self.setup.dropout  # with dropout, what an adapted linear keeps is not its input
-        entry = stream * (not (reads and set(GATE_UP) & self.ranks.keys()))
-        unkept = inner * (not (reads and down))
-        dropping = (numbers * FLOAT - inner) * (down and not reads)  # the mask is drawn in integers
+        entry = stream * (not set(GATE_UP) & self.ranks.keys())
+        unkept = inner * (not down)
+        dropping = inner * down * self.setup.dropout  # what down_proj's adapter reads
         forward = stream * (not self.middle) + entry + unkept + max(inner * 2 * (not product), stream, dropping)
-        # Backward: the gradients of the product and of both factors; what down_proj kept is gone,
-        # which with dropout is more than the few rows that are computed again.
+        # Backward: the gradients of the product and of both factors; what down_proj kept is gone.
         few = min(numbers, GATE_CHUNK.get(self.setup.device, numbers)) * self.e * (not self.setup.by_kernels(numbers))
-        return kept, forward, inner * (product * (not down) + gate + up) + few * (product and reads)
+        both = inner * (product * (not down) + gate + up) + few * product
+        through = (
+            3 * dropping * product
+        )  # the gradient of the product, and that through the adapter before and behind dropout
+        return kept, forward, max(both, through)
 
-    def _read(self, names: list[str], needs: bool, tokens: int) -> int:
-        """What the adapted ones of some linears keep that read the same input of so many tokens: x once, x·Aᵀ, A and B as they are used.
-
-        With dropout each reads an input of its own, and where the input needs a gradient, the mask of it is kept too.
-        """
+    def _read(self, names: list[str], tokens: int) -> int:
+        """What the adapted ones of some linears keep that read the same input of so many tokens: x once, x·Aᵀ, A and B as they are used."""
         ranks = {name: self.ranks[name] for name in names if name in self.ranks}
         if not ranks:
             return 0
@@ -263,10 +262,7 @@ class Layer:
         x = tokens * self.shapes[names[0]][1]
         if self.e == FLOAT and 1 < len(names) == len(ranks) and not self.setup.dropout:
             kept += FLOAT * sum(ranks.values()) * self.shapes[names[0]][1]  # all A, one below the other
-        if not self.setup.dropout:
-            return kept + x * self.e
-        mask = self.e if self.setup.device == "cpu" else 1
-        return kept + len(ranks) * x * (self.e + mask * needs)
+        return kept + x * self.e
 
     def _trainable(self, name: str) -> int:
         return self.ranks[name] * sum(self.shapes[name])

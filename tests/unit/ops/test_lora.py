@@ -7,67 +7,76 @@ from models import error
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina.ops.dropout import Dropout
 from lamina.ops.fourbit import FourBit
 from lamina.ops.fp8 import Fp8
 from lamina.ops.frozen import Dense, Frozen, SharedBuffer, multiply_back
 from lamina.ops.int8 import Int8
 from lamina.ops.lora import Adapted, adapted_linear, adapted_linears, plain
 
+DROPOUT = Dropout(0.5, seed=3)
 SCALE = 1.7  # no power of two, so that a scale in the wrong place would show in the bits
 
 
 def operands(dtype: torch.dtype, tokens: int = 5, inputs: int = 7, outputs: int = 6, rank: int = 3) -> list[Tensor]:
-    """x, dropped x, W, bias, A, B."""
+    """x, W, bias, A, B."""
     torch.manual_seed(0)
     x = torch.randn(tokens, inputs, dtype=torch.float64)
     shapes = ((outputs, inputs), (outputs,), (rank, inputs), (outputs, rank))
     rest = [torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5 for shape in shapes]
-    return [tensor.to(dtype) for tensor in (x, F.dropout(x, 0.5), *rest)]
+    return [tensor.to(dtype) for tensor in (x, *rest)]
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("x_learns", [False, True])
 def test_gradients_without_dropout(with_bias: bool, x_learns: bool) -> None:
-    x, _, weight, bias, a, b = operands(torch.float64)
+    x, weight, bias, a, b = operands(torch.float64)
 
     def op(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return adapted_linear(x, x, Dense(weight), bias if with_bias else None, a, b, SCALE)
+        return adapted_linear(x, Dense(weight), bias if with_bias else None, a, b, SCALE)
 
     inputs = (x.requires_grad_(x_learns), a.requires_grad_(), b.requires_grad_())
     assert torch.autograd.gradcheck(op, inputs)
 
 
 @pytest.mark.parametrize("x_learns", [False, True])
-@pytest.mark.parametrize("dropped_learns", [False, True])
-def test_gradients_with_dropout(x_learns: bool, dropped_learns: bool) -> None:
-    x, dropped, weight, bias, a, b = operands(torch.float64)
+def test_gradients_with_dropout(x_learns: bool) -> None:
+    """What is dropped going back is what was dropped going forward."""
+    x, weight, bias, a, b = operands(torch.float64)
 
-    def op(x: Tensor, dropped: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return adapted_linear(x, dropped, Dense(weight), bias, a, b, SCALE)
+    def op(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return adapted_linear(x, Dense(weight), bias, a, b, SCALE, DROPOUT)
 
-    inputs = (
-        x.requires_grad_(x_learns),
-        dropped.requires_grad_(dropped_learns),
-        a.requires_grad_(),
-        b.requires_grad_(),
-    )
-    assert torch.autograd.gradcheck(op, inputs)
+    assert torch.autograd.gradcheck(op, (x.requires_grad_(x_learns), a.requires_grad_(), b.requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_no_more_than_its_absence(dtype: torch.dtype) -> None:
+    x, weight, bias, a, b = operands(dtype)
+    found = []
+    for dropout in (None, DROPOUT):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+            adapted_linear(x, Dense(weight), bias, a.requires_grad_(), b.requires_grad_(), SCALE, dropout)
+        assert kept[0].data_ptr() == x.data_ptr()
+        found.append([tensor.shape for tensor in kept])
+    assert found[0] == found[1]
 
 
 def test_an_input_that_does_not_learn_gets_no_gradient() -> None:
-    x, dropped, weight, _, a, b = operands(torch.float32)
-    adapted_linear(x, dropped, Dense(weight), None, a.requires_grad_(), b.requires_grad_(), SCALE).sum().backward()
-    assert x.grad is None and dropped.grad is None and weight.grad is None
+    x, weight, _, a, b = operands(torch.float32)
+    adapted_linear(x, Dense(weight), None, a.requires_grad_(), b.requires_grad_(), SCALE, DROPOUT).sum().backward()
+    assert x.grad is None and weight.grad is None
     assert a.grad is not None and b.grad is not None
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("tokens", "inputs", "outputs", "rank"), [(1, 8, 8, 1), (33, 65, 17, 5), (128, 96, 160, 16)])
 def test_fp32_bits_are_those_of_the_formula(tokens: int, inputs: int, outputs: int, rank: int, with_bias: bool) -> None:
-    x, dropped, weight, bias, a, b = operands(torch.float32, tokens, inputs, outputs, rank)
+    x, weight, bias, a, b = operands(torch.float32, tokens, inputs, outputs, rank)
     given = (bias if with_bias else None, a, b, SCALE)
-    assert torch.equal(adapted_linear(x, x, Dense(weight), *given), plain(x, x, weight, *given))
-    assert torch.equal(adapted_linear(x, dropped, Dense(weight), *given), plain(x, dropped, weight, *given))
+    assert torch.equal(adapted_linear(x, Dense(weight), *given), plain(x, x, weight, *given))
+    assert torch.equal(adapted_linear(x, Dense(weight), *given, DROPOUT), plain(x, DROPOUT(x), weight, *given))
 
 
 def gradients(op: object, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, upstream: Tensor) -> dict[str, Tensor]:
@@ -76,7 +85,7 @@ def gradients(op: object, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, upstr
     if op is plain:
         out = plain(x, x, weight, None, a.to(x.dtype), b.to(x.dtype), SCALE)
     else:
-        out = op(x, x, Dense(weight), None, a, b, SCALE)
+        out = op(x, Dense(weight), None, a, b, SCALE)
     out.backward(upstream.to(out.dtype))
     assert x.grad is not None and a.grad is not None and b.grad is not None
     return {"out": out.detach(), "x": x.grad, "a": a.grad, "b": b.grad}
@@ -85,7 +94,7 @@ def gradients(op: object, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, upstr
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_at_most_that_of_the_formula(dtype: torch.dtype) -> None:
     """1.2: the rule of the house for two orders of rounding. Masters are fp32, so the truth knows their low bits."""
-    x, _, weight, _, a, b = operands(torch.float32, 200, 96, 160, 8)
+    x, weight, _, a, b = operands(torch.float32, 200, 96, 160, 8)
     x, weight = x.to(dtype), weight.to(dtype)
     upstream = torch.randn(200, 160).to(dtype)
     wide = (tensor.double() for tensor in (x, weight, a, b, upstream))
@@ -96,9 +105,9 @@ def test_error_is_at_most_that_of_the_formula(dtype: torch.dtype) -> None:
 
 
 def test_masters_of_a_bf16_model_get_fp32_gradients() -> None:
-    x, _, weight, _, a, b = operands(torch.float32)
+    x, weight, _, a, b = operands(torch.float32)
     x, weight = x.bfloat16(), weight.bfloat16()
-    out = adapted_linear(x, x, Dense(weight), None, a.requires_grad_(), b.requires_grad_(), SCALE)
+    out = adapted_linear(x, Dense(weight), None, a.requires_grad_(), b.requires_grad_(), SCALE)
     out.sum().backward()
     assert out.dtype == torch.bfloat16
     assert a.grad is not None and a.grad.dtype == torch.float32
@@ -106,9 +115,9 @@ def test_masters_of_a_bf16_model_get_fp32_gradients() -> None:
 
 
 def test_b_zero_is_the_base_and_only_b_learns() -> None:
-    x, _, weight, bias, a, b = operands(torch.float32)
+    x, weight, bias, a, b = operands(torch.float32)
     a, b = a.requires_grad_(), torch.zeros_like(b).requires_grad_()
-    out = adapted_linear(x, x, Dense(weight), bias, a, b, SCALE)
+    out = adapted_linear(x, Dense(weight), bias, a, b, SCALE)
     assert torch.equal(out, F.linear(x, weight, bias))
     out.sum().backward()
     assert a.grad is not None and not a.grad.any()
@@ -117,8 +126,8 @@ def test_b_zero_is_the_base_and_only_b_learns() -> None:
 
 def siblings(dtype: torch.dtype, tokens: int = 5) -> tuple[Tensor, list[Adapted]]:
     """x, and three projections of it, of different outputs and ranks, one without a bias."""
-    x, _, weight, _, a, b = operands(dtype, tokens, inputs=8)
-    others = [operands(dtype, tokens, inputs=8, outputs=outputs, rank=rank)[2:] for outputs, rank in ((4, 2), (10, 1))]
+    x, weight, _, a, b = operands(dtype, tokens, inputs=8)
+    others = [operands(dtype, tokens, inputs=8, outputs=outputs, rank=rank)[1:] for outputs, rank in ((4, 2), (10, 1))]
     parts = [(weight, None, a, b), *((w + 1, bias, a + 1, b) for w, bias, a, b in others)]
     return x, [Adapted(Dense(weight), bias, a, b) for weight, bias, a, b in parts]
 
@@ -130,23 +139,23 @@ def test_gradients_of_siblings(x_learns: bool) -> None:
 
     def op(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         given = zip(linears, factors[::2], factors[1::2], strict=True)
-        return adapted_linears(x, x, SCALE, *(linear._replace(a=a, b=b) for linear, a, b in given))
+        return adapted_linears(x, SCALE, *(linear._replace(a=a, b=b) for linear, a, b in given))
 
     assert torch.autograd.gradcheck(op, (x.requires_grad_(x_learns), *factors))
 
 
 def test_siblings_are_what_each_is_by_itself() -> None:
     x, linears = siblings(torch.float32, tokens=70)
-    together = adapted_linears(x, x, SCALE, *linears)
+    together = adapted_linears(x, SCALE, *linears)
     for out, linear in zip(together, linears, strict=True):
-        assert torch.equal(out, adapted_linear(x, x, linear.weight, linear.bias, linear.a, linear.b, SCALE))
+        assert torch.equal(out, adapted_linear(x, linear.weight, linear.bias, linear.a, linear.b, SCALE))
 
 
 def test_an_output_that_nobody_uses_has_no_part_in_the_gradients() -> None:
     x, linears = siblings(torch.float32)
     for linear in linears:
         linear.a.requires_grad_(), linear.b.requires_grad_()
-    adapted_linears(x, x, SCALE, *linears)[1].sum().backward()
+    adapted_linears(x, SCALE, *linears)[1].sum().backward()
     assert [bool(linear.a.grad is not None and linear.a.grad.any()) for linear in linears] == [False, True, False]
 
 
