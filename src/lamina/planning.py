@@ -92,6 +92,10 @@ class Planned:
             f"{ways}; to try it all the same: --memory-gib {math.ceil(self.plan.total / GIB * 11) / 10}"
         )
 
+    def seconds_of(self, tokens: int) -> float:
+        """The estimate for so many of the run's tokens: one that stops early trains on fewer."""
+        return self.seconds * tokens / self.tokens
+
     def as_json(self) -> dict[str, Any]:
         """The plan for machines; all sizes in bytes."""
         return {
@@ -139,9 +143,10 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planne
     seconds = 0.0
     if fits and timed:
         usual = min(choice.tokens, max(1, tokens // job.train.total_steps(len(lengths))))
-        pace = calibrate(needs.setup.architecture, job.model, needs.setup.ranks, usual)
+        pace = calibrate(needs.setup, DTYPES[job.model.dtype], device, usual)
         lowest = min(int(path.split(".")[2]) for path in needs.setup.ranks)
-        seconds = pace.seconds(tokens, layers, choice.checkpointed, lowest)
+        targets = round(tokens * data.report.learnt)
+        seconds = pace.seconds(tokens, targets, layers, choice.checkpointed, lowest)
     ways: tuple[tuple[str, int], ...] = ()
     if not fits:
 

@@ -117,7 +117,7 @@ def test_the_plan_of_a_job_that_does_not_fit_names_ways_out(tmp_path: Path, caps
 def test_left_alone_the_plan_computes_twice_what_does_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As few layers as fit, and only then smaller micro-batches; the choice is in the run's job, and the result the same."""
+    """As few layers as fit, and only then smaller micro-batches. That a run keeps to it: ``test_plan_kept.py``."""
     flags = job(tmp_path)
 
     def planned(*more: str) -> dict:
