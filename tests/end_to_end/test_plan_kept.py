@@ -17,12 +17,14 @@ from lamina.data.pack import Batch
 from lamina.evaluation import Evaluating
 from lamina.job import Job, Watching, prepare_data, read_job
 from lamina.jobfile import Head
+from lamina.model.storage import StoredForm
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import ModelSettings
 from lamina.planning import plan_run
 from lamina.run import fine_tune, resume
 from lamina.training import loop
 from lamina.training.calibrate import Pace
+from lamina.training.kept import Setup
 from lamina.training.loop import Step, Training
 from lamina.training.plan import Plan
 
@@ -164,6 +166,27 @@ def test_the_time_is_the_pace_of_all_tokens_and_of_those_that_are_learnt(job: Jo
     assert 0.1 < share < 0.9
     expected = PACE.seconds(found["tokens"], round(found["tokens"] * share), layers=3)
     assert found["memory"]["planned"]["seconds"] == expected
+
+
+def test_of_a_run_that_stops_early_the_time_of_its_steps_is_planned(job: Job, heard: list[Heard]) -> None:
+    """At a rate this small the first evaluation is the best."""
+    train = Training(steps=50, batch_size=2, learning_rate=1e-30, warmup=0.0)
+    stopping = replace(job, train=train, watch=Watching(eval_every=1, patience=1, samples=0))
+    found = card(ran(stopping, "stopped", heard)[0])
+    planned = found["memory"]["planned"]
+    assert found["steps"] == 2 and found["tokens"] < planned["tokens"] / 20
+    assert found["time"]["planned_seconds"] == planned["seconds"] * found["tokens"] / planned["tokens"]
+
+
+def test_a_checkpoint_that_is_stored_quantised_is_timed_in_its_form(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the settings do not name: they leave the base as it is stored."""
+    timed: list[Setup] = []
+    monkeypatch.setattr("lamina.planning.form_of_folder", lambda *_: StoredForm("nf4", False))
+    monkeypatch.setattr("lamina.planning.calibrate", lambda setup, *_: timed.append(setup) or PACE)
+    base = Path(job.model.model)
+    plan_run(job, base, prepare_data(job, base, load_tokenizer(base)))
+    assert job.model.form is None
+    assert [(setup.base, setup.double) for setup in timed] == [("nf4", False)]
 
 
 def test_what_was_chosen_is_in_the_runs_job_and_the_result_is_the_same(
