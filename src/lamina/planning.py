@@ -92,10 +92,6 @@ class Planned:
             f"{ways}; to try it all the same: --memory-gib {math.ceil(self.plan.total / GIB * 11) / 10}"
         )
 
-    def seconds_of(self, tokens: int) -> float:
-        """The estimate for so many of the run's tokens: one that stops early trains on fewer."""
-        return self.seconds * tokens / self.tokens
-
     def as_json(self) -> dict[str, Any]:
         """The plan for machines; all sizes in bytes."""
         return {
@@ -116,6 +112,10 @@ class Planned:
             "tokens": self.tokens,
             "seconds": self.seconds,
         }
+
+    def seconds_of(self, tokens: int) -> float:
+        """The estimate for so many of the run's tokens: one that stops early trains on fewer."""
+        return self.seconds * tokens / self.tokens
 
 
 def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True) -> Planned:
