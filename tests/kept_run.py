@@ -93,6 +93,7 @@ def card(text: str, steps: int) -> dict[str, Any]:
         "versions": {"lamina": "0.1.0", "torch": "2.13.0"},
         "device": "cpu",
         "memory": {"planned": planned, "measured_bytes": 170 << 20},
+        "time": {"planned_seconds": 11.0, "measured_seconds": 0.2 * steps},
         "base": side(text, 3.0),
         "adapter": side(text, 0.6),
         "difference": {

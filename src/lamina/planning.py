@@ -114,6 +114,10 @@ class Planned:
             "seconds": self.seconds,
         }
 
+    def seconds_of(self, tokens: int) -> float:
+        """The estimate for so many of the run's tokens: one that stops early trains on fewer."""
+        return self.seconds * tokens / self.tokens
+
 
 def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True, resumed: Path | None = None) -> Planned:
     """Plans the memory of a run, chooses what its settings leave open, and estimates its time.
@@ -141,9 +145,10 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True, resumed: 
     seconds = 0.0
     if fits and timed:
         usual = min(choice.tokens, max(1, tokens // job.train.total_steps(len(lengths))))
-        pace = calibrate(needs.setup.architecture, job.model, needs.setup.ranks, usual)
+        pace = calibrate(needs.setup, DTYPES[job.model.dtype], device, usual)
         lowest = min(int(path.split(".")[2]) for path in needs.setup.ranks)
-        seconds = pace.seconds(tokens, layers, choice.checkpointed, lowest)
+        targets = round(tokens * data.report.learnt)
+        seconds = pace.seconds(tokens, targets, layers, choice.checkpointed, lowest)
     ways = () if fits else _ways_out(job, base, data, device.type, free, bool(resumed))
     batch = needs.heaviest(choice.tokens).first
     return Planned(found, training, batch, fits, free, device.type, seconds, tokens, layers, ways, resumed)

@@ -9,7 +9,8 @@
                   that is itself stored in four bits has no W₁₆: then it starts from W₄, and the record shows the loss.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from lamina.model.storage import parts_of
 from lamina.model.weights import read_module
 from lamina.ops.fourbit import FourBit
 from lamina.ops.frozen import SharedBuffer
+from lamina.ops.rounding import NAMES
 from lamina.understand.proof import Matrix, Policy
 
 _SLICE = 1 << 20  # numbers of a matrix that are in fp32 at one time
@@ -214,6 +216,18 @@ def _check(policy: Policy, quantised: Mapping[str, QuantisedLinear], packed: boo
             "policy: found requantised, which writes bitsandbytes' four bits; the run's base has another form; expected "
             "original or dequantised"
         )
+
+
+def dense_dtype(stored: Mapping[str, Stored], paths: Iterable[str], dtype: torch.dtype) -> torch.dtype | None:
+    """In which dtype a merge that writes numbers, as ``Pieces`` has it, writes most of these matrices.
+
+    It is the one in which they are stored; of matrices that are stored quantised, ``dtype``, in which training computes. None
+    where the files hold none of them as numbers that can be added to.
+    """
+    packed = parts_of(stored)
+    weights = ((path, stored.get(f"{path}.weight")) for path in paths)
+    found = Counter(dtype if path in packed else weight.dtype for path, weight in weights if weight is not None)
+    return next((most for most, _ in found.most_common(1) if most in NAMES), None)
 
 
 def _code(dtype: torch.dtype) -> str:

@@ -32,7 +32,7 @@ from lamina.model.weights import pick_device
 from lamina.opened import Opened, card_of, measured, neutral_of, open_run, stops
 from lamina.planning import compared, plan_run
 from lamina.report.about import about
-from lamina.report.opening import data_lines, time_line, training_lines
+from lamina.report.opening import data_lines, pace_line, time_line, training_lines
 from lamina.report.record import write_json, write_text
 from lamina.reporting import write_explanation, write_page
 from lamina.training.available import Meter
@@ -168,12 +168,16 @@ def _go(job: Job, folder: Path, show: Show, resumed: bool, loaded: Decoder | Non
     notes = run.train(resuming, planned, ask)
     measured_peak = meter.peak()
     show.line(compared(planned, measured_peak))
+    told = about(job, model, folder)
+    time = {"planned_seconds": planned.seconds_of(told["tokens"]), "measured_seconds": told["training_seconds"]}
+    show.line(pace_line(*time.values()))
     with watch("card"):
         card = measured(Asked(model, tokenizer, stop), data, job, run.base_scores, run.last_scores)
     with watch("explanation"):
         write_explanation(model, folder, base, data.held_out, job.train.portion, show.line)
-    told = about(job, model, folder) | {"held_out_fingerprint": data.held_out.fingerprint, "seconds": watch.seconds}
-    more = {"memory": {"planned": planned.as_json(), "measured_bytes": measured_peak}, "ledger_notes": notes}
+    told |= {"held_out_fingerprint": data.held_out.fingerprint, "seconds": watch.seconds}
+    memory = {"planned": planned.as_json(), "measured_bytes": measured_peak}
+    more = {"memory": memory, "time": time, "ledger_notes": notes}
     write_json(folder / "card.json", told | more | card.as_json())
     with watch("page"):
         write_page(folder, show.line)

@@ -95,8 +95,10 @@ class UnderWay:
             ) as self.observing,
         ):
             self.show.start(self.steps, self.state.step)
+            if self.state.step < self.steps and not self.progress.out_of(self.job.watch.patience):
+                self.rehearse(planned)
             if not resuming:
-                self.before_first_step(record, planned)
+                self.before_first_step(record)
             with Interrupts() as interrupts:
                 self.steps_to_the_end(record, interrupts)
         if self.progress.best_loss is not None:
@@ -130,12 +132,15 @@ class UnderWay:
                     f"go on with: lamina train --resume {self.folder}"
                 )
 
-    def before_first_step(self, record: Record, planned: Planned) -> None:
-        """Meets the longest examples now rather than hours later, and measures the untouched base."""
-        rehearse(self.model, planned.heaviest, self.job.train)
+    def rehearse(self, planned: Planned) -> None:
+        """Meets the longest examples now rather than hours later; a resumed run too may have less memory than it needs."""
+        rehearse(self.model, planned.heaviest, self.job.train, self.state.step + 1)
         self.show.line(
             f"the heaviest micro-batch of the run ({len(planned.heaviest.tokens):,} tokens) was computed once: it fits"
         )
+
+    def before_first_step(self, record: Record) -> None:
+        """Measures the untouched base, and saves what a run can go on from."""
         with self.watch("base_evaluation"):
             self.evaluate(record)
         with self.watch("saving"):

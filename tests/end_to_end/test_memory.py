@@ -12,7 +12,7 @@ import pytest
 from conftest import shared_data
 from tiny import write_tiny
 
-from lamina import cli
+from lamina import cli, native
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by Linux's RLIMIT_DATA")
 
@@ -38,9 +38,35 @@ def data_bytes(process: int | str) -> int:
     return int(Path(f"/proc/{process}/statm").read_text().split()[5]) * resource.getpagesize()
 
 
-def lamina(*arguments: str, limit: int | None = None) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
-    code = "import sys\nfrom lamina import cli\nsys.exit(cli.main(sys.argv[1:]))"
+INTERRUPTED = """
+import os, signal
+from lamina.report.console import Progress
+step = Progress.step
+def shown(self, done):
+    step(self, done)
+    if done.step == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+Progress.step = shown
+"""
+"""Interrupts the run after its second step, which it saves."""
+
+LIMITED_REHEARSAL = """
+import resource
+from lamina import native, under_way
+rehearse = under_way.rehearse
+def limited(*given):
+    assert native.keep_memory(), "tensors lie in the allocator's range"
+    limit = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize() + 16_000_000
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    rehearse(*given)
+under_way.rehearse = limited
+"""
+"""Limits the process when its base is loaded and before the heaviest micro-batch: to less than a slice of the logits more."""
+
+
+def lamina(*arguments: str, limit: int | None = None, before: str = "") -> subprocess.Popen[str]:
+    """The command line in a process of its own, which runs the code ``before`` first."""
+    code = f"import sys\nfrom lamina import cli\n{before}\nsys.exit(cli.main(sys.argv[1:]))"
     if limit is not None:  # libraries are loaded first: they are not the run's memory
         used = "int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize()"
         libraries = "resource, datasets, pyarrow.parquet, torch, transformers, lamina.run"
@@ -93,6 +119,37 @@ def test_memory_that_runs_out_ends_a_run_with_one_line_and_its_last_checkpoint(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    native._memory()[0] is None or resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY,
+    reason="no C++ compiler, or memory is limited, so torch's allocator",
+)
+def test_a_resumed_run_that_has_too_little_memory_says_so_before_its_next_step(tmp_path: Path) -> None:
+    """With the allocator, and a limit that comes when it is in use: what it cannot grow by, torch cannot get either.
+
+    The run stops in its rehearsal, so its checkpoint is the one from before; with the memory it goes on from there.
+    """
+    flags = [*job(tmp_path), "--steps", "4", "--save-every", "1", "--memory-gib", "100"]
+    process = lamina("train", *flags, before=INTERRUPTED)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    run = tmp_path / "run"
+    state = run / "state" / "state.safetensors"
+    saved = state.read_bytes()
+
+    process = lamina("train", "--resume", str(run), before=LIMITED_REHEARSAL)
+    said, told = process.communicate(timeout=120)
+    assert process.returncode == 2, told
+    assert told.startswith("lamina: out of memory; what was saved is untouched") and told.count("\n") == 1
+    assert "after step 2 of 4" in said and "it fits" not in said and "step 3/" not in said
+    assert state.read_bytes() == saved
+
+    process = lamina("train", "--resume", str(run))
+    said, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert "it fits" in said and "step 4/4" in said
+
+
 def test_the_plan_of_a_job_that_does_not_fit_names_ways_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = job(tmp_path)
     assert cli.main(["plan", *flags, "--rank", "32", "--json"]) == 0
@@ -117,7 +174,7 @@ def test_the_plan_of_a_job_that_does_not_fit_names_ways_out(tmp_path: Path, caps
 def test_left_alone_the_plan_computes_twice_what_does_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As few layers as fit, and only then smaller micro-batches; the choice is in the run's job, and the result the same."""
+    """As few layers as fit, and only then smaller micro-batches. That a run keeps to it: ``test_plan_kept.py``."""
     flags = job(tmp_path)
 
     def planned(*more: str) -> dict:

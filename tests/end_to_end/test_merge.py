@@ -1,6 +1,7 @@
 """`merge` on whole run folders: what it proves, what it refuses before any work, and that it holds no model in memory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from merged_runs import a_run, proof, rewrite
+from safetensors.torch import load_file
+from tiny import write_weights
 
 from lamina import jobfile, merging, native, policies
 from lamina.errors import AdapterError, CheckpointError, ConfigError
@@ -61,6 +64,19 @@ def test_an_update_that_rounding_took_away_is_told(tmp_path: Path) -> None:
     record = merge(run, tmp_path / "out")
     assert record.survived < 0.05
     assert proof(record).same, "so weak an adapter does next to nothing"
+    assert record.lines()[-1].startswith(
+        f"most of the update was rounded away: {record.survived:.1%} of it survived, expected"
+    )
+    written = json.loads((tmp_path / "out" / "lamina_merge.json").read_text())
+    assert written["rounded_away"] and written["advice"] == record.advice()
+    assert written["limits"]["survived_at_least"] == 0.5
+
+    wide = load_file(tmp_path / "base" / "model.safetensors")
+    shutil.copytree(tmp_path / "base", tmp_path / "wide")
+    write_weights(tmp_path / "wide", {name: tensor.float() for name, tensor in wide.items()})
+    record = merge(run, tmp_path / "held", changes={"model": str(tmp_path / "wide")})  # as the line says
+    assert record.survived > 0.99 and record.advice() == []
+    assert {tensor.dtype for tensor in load_file(tmp_path / "held" / "model.safetensors").values()} == {torch.float32}
 
     strong = a_run(tmp_path / "strong", std=0.5)
 

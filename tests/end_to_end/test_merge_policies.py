@@ -16,6 +16,7 @@ from lamina.adapter_files import outline_adapter
 from lamina.errors import ConfigError
 from lamina.job import read_job
 from lamina.merging import merge
+from lamina.model.architecture import read_config
 from lamina.model.checkpoint import stored_tensors
 from lamina.model.decoder import Decoder
 from lamina.model.fingerprint import stored_fingerprint
@@ -24,7 +25,8 @@ from lamina.model.weights import load_model, outline
 from lamina.opened import open_run
 from lamina.ops.attention import Packed
 from lamina.ops.library import bitsandbytes
-from lamina.policies import Pieces
+from lamina.policies import Pieces, dense_dtype
+from lamina.training.plan import ranks_of
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +41,12 @@ def logits(model: Decoder, tokens: Tensor) -> Tensor:
 
 def ids() -> Tensor:
     return some_tokens([24]) % 40
+
+
+def places_of(run: Path) -> list[str]:
+    """The paths of a run's adapted matrices."""
+    job = read_job(run)
+    return list(ranks_of(read_config(Path(job.model.model)), job.adapter))
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -117,6 +125,17 @@ def test_a_base_that_is_stored_in_four_bits_merges_into_what_training_saw(tmp_pa
         assert (proof(record).kl < 1e-3) == (policy == "dequantised")
     plain = {tensor.code for tensor in stored_tensors(tmp_path / "dequantised").values()}
     assert plain == {"BF16"}
+    assert dense_dtype(stored_tensors(tmp_path / "packed"), places_of(run), torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_what_the_doctor_takes_a_merge_to_be_written_in(form: Any, tmp_path: Path) -> None:
+    """The dtype in which the base is stored, whatever training computed in and however it kept the base."""
+    run = a_run(tmp_path, dtype=torch.float16, form=form, **SIZE)
+    merge(run, tmp_path / "out")
+    stored, written = stored_tensors(tmp_path / "base"), stored_tensors(tmp_path / "out")
+    assert {written[f"{path}.weight"].dtype for path in places_of(run)} == {torch.float16}
+    assert dense_dtype(stored, places_of(run), torch.float32) == torch.float16
 
 
 @pytest.mark.parametrize("policy", ["original", "dequantised", "requantised"])

@@ -280,11 +280,23 @@ def test_an_adapter_without_effect_is_refused(place: Path, tmp_path: Path) -> No
         open_run(run)
 
 
-@pytest.mark.parametrize(("rate", "warned"), [("1e-6", True), ("1e-2", False)])
+@pytest.mark.parametrize(
+    ("stored", "rate", "warned"),
+    [
+        (torch.bfloat16, "1e-6", True),
+        (torch.bfloat16, "1e-2", False),
+        (torch.float16, "1e-6", True),
+        (torch.float32, "1e-6", False),
+    ],
+)
 @pytest.mark.slow
-def test_an_update_too_small_for_bf16_is_told_before_the_run(
-    rate: str, warned: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_update_too_small_for_the_base_is_told_before_the_run(
+    stored: torch.dtype, rate: str, warned: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """By the dtype in which the base is stored, for a merge is written in it, whatever the run computes in."""
+    tokenizer = pieces()
+    base = write_tiny(tmp_path / "base", stored, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(base)
     settings = [
         "--dtype",
         "fp32",
@@ -299,7 +311,7 @@ def test_an_update_too_small_for_bf16_is_told_before_the_run(
         "--learning-rate",
         rate,
     ]
-    files = ["--model", str(place / "base"), "--data", str(place / "rows.jsonl"), "--out", str(tmp_path / "run")]
+    files = ["--model", str(base), "--data", str(place / "rows.jsonl"), "--out", str(tmp_path / "run")]
     assert cli.main(["train", *files, *settings]) == 0
     assert ("doctor: warning update-too-small: these 4 steps at this rate" in capsys.readouterr().out) == warned
     told = {finding["rule"] for finding in json.loads((tmp_path / "run" / "check.json").read_text())["findings"]}

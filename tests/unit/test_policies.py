@@ -1,13 +1,15 @@
 """What is added to a stored matrix, and what is told about it, against the formula in one piece and in fp64."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from lamina import policies
-from lamina.policies import Update, account, add
+from lamina.model.checkpoint import Stored
+from lamina.policies import Update, account, add, dense_dtype
 
 NAME = "model.layers.1.mlp.down_proj"
 
@@ -61,3 +63,20 @@ def test_no_update_and_no_base() -> None:
     nothing, update = torch.zeros(32, 64), operands(torch.float32, 1.0)[1]
     matrix = add(NAME, nothing.clone(), nothing, update)
     assert matrix.relative == math.inf and matrix.survived == pytest.approx(1, abs=1e-6)
+
+
+def test_the_dtype_of_a_merge_is_that_of_the_checkpoint() -> None:
+    """Most matrices decide; of those stored quantised it is the dtype of the computation; no numbers, no answer."""
+    codes = {"a.weight": "F16", "b.weight": "F16", "c.weight": "F32", "norm.weight": "F32", "embed.weight": "F32"}
+    codes |= {
+        "d.weight": "U8",
+        "d.weight.absmax": "F32",
+        "d.weight.quant_state.bitsandbytes__nf4": "U8",
+        "e.weight": "I32",
+    }
+    stored = {name: Stored(name, Path("model.safetensors"), code, (1,), 0) for name, code in codes.items()}
+    assert dense_dtype(stored, ["a", "b", "c"], torch.bfloat16) == torch.float16
+    assert dense_dtype(stored, ["c"], torch.bfloat16) == torch.float32
+    assert dense_dtype(stored, ["d"], torch.bfloat16) == torch.bfloat16
+    for paths in (["e"], ["missing"], []):
+        assert dense_dtype(stored, paths, torch.bfloat16) is None

@@ -55,6 +55,12 @@ class DataReport:
     context: bool = False
     concerned: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def learnt(self) -> float:
+        """The share of the tokens that are learnt, of what the cuts left."""
+        left = self.tokens - self.lost_tokens
+        return (self.targets - self.lost_targets) / left if left else 0.0
+
     def lines(self) -> list[str]:
         """The account in sentences, the most important first; nothing is said of what did not happen, nor judged: that is the
         doctor's affair."""

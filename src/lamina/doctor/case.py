@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lamina.data.lengths import Lengths
@@ -68,6 +69,7 @@ class Case:
         report, lengths, counts: of the data; empty where they cannot be read.
         ranks: the rank of each adapted linear by its path; empty where the adapter does not fit.
         planned: the memory plan; None where there is none.
+        merged: the dtype in which a merge would write the adapted matrices; None where the base's files cannot be read.
     """
 
     job: Job
@@ -78,6 +80,7 @@ class Case:
     counts: Counts = field(default_factory=Counts)
     ranks: Mapping[str, int] = field(default_factory=dict)
     planned: Planned | None = None
+    merged: torch.dtype | None = None
 
     @property
     def steps(self) -> int:

@@ -25,8 +25,9 @@ from lamina.job import Job, base_folder, prepare_data, shipped, shipped_path
 from lamina.job import check as refuse
 from lamina.model.architecture import read_config
 from lamina.model.tokenizer import load_tokenizer
-from lamina.model.weights import pick_device
+from lamina.model.weights import DTYPES, pick_device, used_tensors
 from lamina.planning import Planned, plan_run
+from lamina.policies import dense_dtype
 from lamina.training.plan import ranks_of
 
 LIMITS = (512, 1024, 2048, 4096)
@@ -41,6 +42,7 @@ _ADVICE = "; choose another with --template"
 def diagnose(job: Job, base: Path, tokenizer: Any, data: Prepared, planned: Planned) -> Diagnosis:
     """The diagnosis of a run that is about to begin, from what it has read."""
     architecture = read_config(base)
+    ranks = ranks_of(architecture, job.adapter)
     case = Case(
         job,
         architecture,
@@ -48,8 +50,9 @@ def diagnose(job: Job, base: Path, tokenizer: Any, data: Prepared, planned: Plan
         data.report,
         data.lengths,
         count(data, tokenizer),
-        ranks_of(architecture, job.adapter),
+        ranks,
         planned,
+        dense_dtype(used_tensors(base, architecture), ranks, DTYPES[job.model.dtype]),
     )
     return Diagnosis.of(rules.findings(case), table(data.lengths, data.report.max_length))
 
@@ -190,9 +193,11 @@ class _Examination:
             return prepare_data(self.job, folder, self.tokenizer, problems)
 
     def plan(self) -> None:
-        """The memory."""
-        if self.folder and self.data and self.case.ranks:
+        """The memory, and in which dtype a merge would be written; of the weights only their headers are read."""
+        if self.folder and self.data and (architecture := self.case.architecture) and (ranks := self.case.ranks):
             try:
+                stored = used_tensors(self.folder, architecture)
+                self.know(merged=dense_dtype(stored, ranks, DTYPES[self.job.model.dtype]))
                 self.know(planned=plan_run(self.job, self.folder, self.data, timed=False))
             except Error as error:
                 self.refuse("weights", error)

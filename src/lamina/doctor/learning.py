@@ -8,9 +8,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
+
 from lamina.adapter import ALL_LINEAR
 from lamina.doctor.case import Case
 from lamina.doctor.finding import Finding, counted
+from lamina.ops.rounding import NAMES, half_step, surviving
 from lamina.training.kept import shapes
 from lamina.training.optimizer import Shape, relative_update, rule_of_thumb
 
@@ -35,9 +38,6 @@ BITS = 2.0
 """What a trained number holds, in bits."""
 NATS = 1.4
 """Assumed information of a learnt token, in nats: about the loss of Llama-2-7B on chat data."""
-
-HALF_STEP = 2.0**-9
-"""Half the distance of neighbouring bf16 numbers, relative to the number."""
 
 
 def targets(case: Case) -> Iterator[Finding]:
@@ -104,9 +104,13 @@ def _times(rate: float, wanted: float) -> str:
 
 
 def update_size(case: Case) -> Iterator[Finding]:
-    """An update that merging into bf16 would round away; W is taken to be about 1/√width, as it is in Llama's family."""
-    a, train = case.architecture, case.job.train
-    if a is None or not case.steps or not case.ranks:
+    """An update that merging would round away; W is taken to be about 1/√width, as it is in Llama's family.
+
+    The yardstick is the dtype in which the merge is written. Where that is fp16 it is bf16 all the same: many serve such a model
+    in it, and Lamina itself loads it so; what only fp16 holds is lost then. (What training saw of the base, bf16 holds.)
+    """
+    a, train, own = case.architecture, case.job.train, case.merged
+    if a is None or own is None or not case.steps or not case.ranks:
         return
     rate = train.learning_rate or rule_of_thumb(a.width, a.family)
     inputs = {name: shape[1] for name, shape in shapes(a).items()}
@@ -117,14 +121,26 @@ def update_size(case: Case) -> Iterator[Finding]:
     found = _median(
         {relative_update(case.steps, rate, train.schedule, train.warmup, kind): n for kind, n in kinds.items()}
     )
-    if found < HALF_STEP:
+    served = torch.bfloat16 if own == torch.float16 else own
+    if found < half_step(served):
+        there, rounds = (
+            NAMES[served],
+            f"rounds at {half_step(own):.1e} and keeps about {surviving(found, own):.0%} of such an update",
+        )
+        merge = f"a merge into this base is written in {NAMES[own]}, which {rounds}"
+        assumed = "weights of about 1/√width"
+        if own != served:
+            left = f"{surviving(found, served):.0%} of it is left"
+            merge += f"; loaded in {there}, which rounds at {half_step(served):.1e}, about {left}"
+            assumed += f", which {there} holds"
         yield Finding(
             "update-too-small",
             "warning",
-            f"these {case.steps:,} steps at this rate can change a weight by at most about {found:.1e} of itself; bf16 "
-            f"rounds at {HALF_STEP:.1e} (assumed: weights of about 1/√width)",
-            "merged into bf16, much of such an update is rounded away, and the error of rounding is about as large as what is left",
-            "raise the learning rate, alpha or steps; or use the adapter beside the base, unmerged",
+            f"these {case.steps:,} steps at this rate can change a weight by at most about {found:.1e} of itself; {merge} "
+            f"(assumed: {assumed})",
+            f"in {there}, much of such an update is rounded away, and the error of rounding is about as large as what is left",
+            "raise the learning rate, alpha or steps; or use the adapter beside the base, unmerged"
+            + ("" if own == served else f"; or serve the merged model in {NAMES[own]}, not in {there}"),
         )
 
 

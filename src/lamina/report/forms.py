@@ -135,6 +135,13 @@ class Memory(_Part):
     measured_bytes: int
 
 
+class Time(_Part):
+    """Seconds of training, as planned for the tokens that were trained on and as measured."""
+
+    planned_seconds: float
+    measured_seconds: float
+
+
 class Card(_Part):
     """``card.json``."""
 
@@ -155,6 +162,7 @@ class Card(_Part):
     dose: Dose | None = None
     counted: Literal["answer tokens", "tokens"] | None = None
     memory: Memory | None = None
+    time: Time | None = None
     seconds: dict[str, float] = {}
     ledger_notes: list[str] = []
 

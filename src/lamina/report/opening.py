@@ -63,6 +63,12 @@ def training_lines(model: Decoder, name: str, training: Training, steps: int, ev
     )
 
 
+def pace_line(planned: float, measured: float) -> str:
+    """The plan's seconds of training beside those that its steps took."""
+    share = f"{measured / planned:.0%} of the plan"
+    return f"time: planned {_seconds(planned)} of training, measured {_seconds(measured)} in its steps ({share})"
+
+
 def time_line(seconds: Mapping[str, float]) -> str:
     """Where the time of a run went, parts of less than a tenth of a second left out."""
     parts = [f"{name.replace('_', ' ')} {_seconds(spent)}" for name, spent in seconds.items() if spent >= 0.1]

@@ -1,26 +1,25 @@
 """How long a run will take, before its model is loaded: one layer of its shape is built, trained on random numbers, and timed.
 
-A step's time is nearly linear in its tokens and in the layers: t = N·(layers·layer + rest), where ``rest`` is the
-last norm and the loss. Both are measured on this machine, with the form of the base, the rank and the dtype of the run, so
-that nothing has to be known about the processor. What the estimate leaves out: a first step's warm-up, and other work on the
-machine.
+A step's time is nearly linear in its tokens, its targets and the layers: t = N·layers·layer + targets·rest, where ``rest`` is the
+last norm and the loss, which only tokens with a target go through. Both are measured on this machine, with the form of the
+base, the rank and the dtype of the run, so that nothing has to be known about the processor. What the estimate leaves out: a
+first step's warm-up, that the last layer's MLP too computes only tokens with a target, and other work on the machine.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lamina.adapter import LoRA, attach
-from lamina.model.architecture import Architecture
 from lamina.model.decoder import Decoder, angles
 from lamina.model.quantised import QuantisedLinear, linears_of, quantise_leaves
-from lamina.model.weights import DTYPES, ModelSettings, pick_device
 from lamina.ops.attention import Packed
 from lamina.ops.loss import cross_entropy_sum
+from lamina.training.kept import Setup
 
 TOKENS = 512
 """Tokens of the micro-batch that is timed, at most: enough for GEMMs at their usual speed, few enough for seconds in all."""
@@ -30,34 +29,33 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds per token of a training step."""
+    """Seconds of a training step, for each of its tokens."""
 
     layer: float
     """Forward and backward of one layer."""
     rest: float
-    """Last norm and loss, where every token is a target."""
+    """Last norm and loss of a token that has a target."""
 
-    def seconds(self, tokens: int, layers: int, recomputed: int = 0, below: int = 0) -> float:
-        """The time of so many tokens through so many layers.
+    def seconds(self, tokens: int, targets: int, layers: int, recomputed: int = 0, below: int = 0) -> float:
+        """The time of so many tokens through so many layers, and of those with a target through the loss.
 
         A recomputed layer costs its forward pass, a third, once more; one ``below`` the lowest adapter costs only that.
         """
         passes = layers + max(0, recomputed - below) / 3 - below * 2 / 3
-        return tokens * (self.layer * passes + self.rest)
+        return tokens * self.layer * passes + targets * self.rest
 
 
-def calibrate(architecture: Architecture, settings: ModelSettings, ranks: Mapping[str, int], tokens: int) -> Pace:
+def calibrate(setup: Setup, dtype: torch.dtype, device: torch.device, tokens: int) -> Pace:
     """Times forward and backward of one layer, and of the loss.
 
     Args:
-        ranks: of each adapted linear by its path; the layer gets those that occur, at their most common rank.
+        setup: what the memory is planned for; the layer gets the adapted linears that occur, at their most common rank.
+        dtype: of the computation.
         tokens: of a usual micro-batch.
     """
+    architecture = setup.architecture
     tokens = min(tokens, TOKENS, architecture.max_position)
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    names = tuple(sorted({path.split(".", 3)[3] for path in ranks}))
-    model = _one_layer(architecture, settings, LoRA(rank=rank, targets=names))
-    device, dtype = model.vocabulary.device, model.vocabulary.dtype
+    model = one_layer(setup, dtype, device)
     x = torch.randn(tokens, architecture.width, device=device).to(dtype).requires_grad_()
     turns = angles(architecture.rope, architecture.head_width, torch.arange(tokens, device=device), dtype)
     targets = torch.arange(tokens, device=device) % architecture.vocabulary
@@ -73,14 +71,15 @@ def calibrate(architecture: Architecture, settings: ModelSettings, ranks: Mappin
     return Pace(_best(layer, device) / tokens, _best(rest, device) / tokens)
 
 
-def _one_layer(architecture: Architecture, settings: ModelSettings, lora: LoRA) -> Decoder:
-    """A model of one layer with random weights and an adapter."""
-    small = replace(architecture, layers=1, windows=architecture.windows[:1])
-    dtype, device = DTYPES[settings.dtype], pick_device(settings.device)
+def one_layer(setup: Setup, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A model of one layer with random weights, in the form of the setup's base, and an adapter."""
+    small = replace(setup.architecture, layers=1, windows=setup.architecture.windows[:1])
+    rank = Counter(setup.ranks.values()).most_common(1)[0][0]
+    names = tuple(sorted({path.split(".", 3)[3] for path in setup.ranks}))
     with torch.device("meta"):
         model = Decoder(small).to(dtype).requires_grad_(False)
-    if settings.form is not None:
-        quantise_leaves(model, settings.form, settings.double_quant, dtype)
+    if setup.base is not None:
+        quantise_leaves(model, setup.base, setup.double, dtype)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
@@ -89,7 +88,7 @@ def _one_layer(architecture: Architecture, settings: ModelSettings, lora: LoRA) 
         if isinstance(linear, QuantisedLinear):
             shape = (linear.out_features, linear.in_features)
             linear.form.store(torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator))
-    attach(model, lora)
+    attach(model, LoRA(rank=rank, targets=names))
     return model.train()
 
 

@@ -230,13 +230,13 @@ def _norms(parameters: list[nn.Parameter]) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients))
 
 
-def rehearse(model: Decoder, batch: Batch, training: Training) -> None:
-    """Computes a micro-batch and throws its gradient away: of the heaviest, memory runs out now or never."""
+def rehearse(model: Decoder, batch: Batch, training: Training, step: int = 1) -> None:
+    """Computes a micro-batch before a step and throws its gradient away: of the heaviest, memory runs out now or never."""
     with torch.random.fork_rng(_generators()):
         model.train()
         loss = backward(model, batch, training)
     model.zero_grad(set_to_none=True)
-    refuse_non_finite(model, loss, loss, [batch], 1)
+    refuse_non_finite(model, loss, loss, [batch], step)
 
 
 def memory(device: torch.device) -> int:

@@ -111,8 +111,8 @@ def remember(optimizer: torch.optim.Optimizer, step: int) -> None:
 def relative_update(steps: int, rate: float, schedule: Schedule, warmup: float, shape: "Shape") -> float:
     """Estimates ‖ΔW‖/‖W‖ that a run can reach at most: AdamW moves an entry of B by about the rate in a step.
 
-    ΔW = s·B·A with |B| ≤ Σ rates and A uniform in ±1/√D, so an entry of ΔW is about s·Σ rates·√(R/3D). Where that is under
-    2⁻⁹ of a weight, half a unit of bf16's rounding, merging into bf16 loses much of it: a third at 1.5e-3, half at 1e-3.
+    ΔW = s·B·A with |B| ≤ Σ rates and A uniform in ±1/√D, so an entry of ΔW is about s·Σ rates·√(R/3D). What of it
+    rounding leaves is told by ``ops.rounding``: in bf16, where half a unit is 2⁻⁹ of a weight, two thirds at 1.5e-3, half at 1e-3.
     """
     points = min(steps, 4096)  # the shape of a longer schedule is no finer
     moved = rate * steps / points * sum(rate_factor(step, points, schedule, warmup) for step in range(points))

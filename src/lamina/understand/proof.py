@@ -11,7 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lamina.understand.difference import Difference
+from lamina.understand.difference import CLEAR, SAME_CHOICE, SAME_KL, Difference
+
+SURVIVED = 0.5
+"""Mean share of the update, of which less means that it was not merged: most of it was rounded away, and the error that rounding
+made instead, about 0.8 of the update there, is larger than what is left. In bf16 it is reached at ‖ΔW‖/‖W‖ of about 1e-3."""
 
 Policy = Literal["original", "dequantised", "requantised"]
 
@@ -58,6 +62,11 @@ class MergeRecord:
         """Mean over the matrices of the share of the update that survived."""
         return statistics.fmean(matrix.survived for matrix in self.matrices)
 
+    @property
+    def rounded_away(self) -> bool:
+        """Whether most of the update is not in the merged model; where the adapter does little, both may answer alike all the same."""
+        return self.survived < SURVIVED
+
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """A head and a row for each layer: medians over its matrices, and the matrix of which least survived."""
         layers: dict[int, list[Matrix]] = {}
@@ -77,11 +86,25 @@ class MergeRecord:
             f"share of the update that survived rounding: {self.survived:.1%} on average, {weakest.survived:.1%} in {weakest.name}",
             f"farthest from base + adapter: {100 * farthest.error:.3g} % of the norm of {farthest.name}",
         ]
-        if self.difference is None:
-            return [*said, f"not compared: {self.not_compared}"]
-        return said + self.difference.lines() + ([] if self.difference.same else [self._advice()])
+        compared = [f"not compared: {self.not_compared}"] if self.difference is None else self.difference.lines()
+        return said + compared + self.advice()
 
-    def _advice(self) -> str:
+    def advice(self) -> list[str]:
+        """What to do about an update that was rounded away, and about a merged model that answers otherwise for another reason."""
+        differs = self.difference is not None and not self.difference.same
+        if not self.rounded_away:
+            return [self._otherwise()] if differs else []
+        mend = (
+            "merge with --policy dequantised, or use the adapter beside its base"
+            if self.policy == "requantised"
+            else "use the adapter beside its base, or train with a higher learning rate, a larger alpha or more steps; or merge into a "
+            "copy of the base that is stored in fp32 (lamina.merge with changes={'model': FOLDER}), and load it in fp32"
+        )
+        said = f"most of the update was rounded away: {self.survived:.1%} of it survived, expected at least {SURVIVED:.0%}; {mend}"
+        seen_otherwise = self.base in ("int8", "fp8") or (self.policy == "original" and self.base in ("nf4", "fp4"))
+        return [said, self._otherwise()] if differs and seen_otherwise else [said]
+
+    def _otherwise(self) -> str:
         """What to do about a merged model that answers otherwise, by what makes it do so."""
         if self.policy == "requantised":
             return "the sum was rounded to four bits anew: merge with --policy dequantised, or use the adapter beside its base"
@@ -91,18 +114,26 @@ class MergeRecord:
             return f"training saw the base in {self.base}, and this is another one: merge with --policy dequantised"
         return (
             "look at the matrices of which little survived, in lamina_merge.json; where much was rounded away, use the adapter "
-            "beside its base, or merge into a base stored in fp32"
+            "beside its base, or merge into a copy of the base that is stored in fp32"
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The record for machines."""
+        """The record for machines, with the limits of its verdicts."""
         return {
             "adapter": self.adapter,
             "policy": self.policy,
             "base": self.base,
             "survived": self.survived,
+            "rounded_away": self.rounded_away,
             "difference": None if self.difference is None else self.difference.as_json(),
             "not_compared": self.not_compared or None,
+            "advice": self.advice(),
+            "limits": {
+                "survived_at_least": SURVIVED,
+                "kl_below": SAME_KL,
+                "clear_agreement_at_least": SAME_CHOICE,
+                "clear_above_nats": CLEAR,
+            },
             "matrices": [asdict(matrix) for matrix in self.matrices],
         }
 

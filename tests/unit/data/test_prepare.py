@@ -235,6 +235,8 @@ def test_report_of_text_and_of_much() -> None:
     said = "\n".join(report.lines())
     assert "end token trained in 0 of 1 texts\n" in said and "are learnt (everything)" in said
     assert "chat template" not in said
+    assert report.learnt == 0
+    assert replace(report, tokens=100, targets=60, lost_tokens=20, lost_targets=20).learnt == 0.5
 
 
 def test_guanaco() -> None:

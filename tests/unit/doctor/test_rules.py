@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from models import config
 from tokens import byte_level, pieces
 
@@ -50,7 +51,8 @@ def case(report: DataReport = REPORT, counts: Counts = COUNTS, **parts: Any) -> 
     sections = {"model": ModelSettings(model="m", device="cpu"), "data": DataSettings(data="rows.jsonl")}
     job = Job(**sections | parts)
     a = architecture()
-    return Case(job, a, report=report, counts=counts, ranks=ranks_of(a, job.adapter))
+    ranks = ranks_of(a, job.adapter)
+    return Case(job, a, report=report, counts=counts, ranks=ranks, merged=torch.bfloat16)
 
 
 def told(of: Case) -> dict[str, Finding]:
@@ -123,6 +125,25 @@ def test_a_far_rate_is_an_error_and_a_near_one_a_warning() -> None:
 def test_short_runs_want_a_higher_rate() -> None:
     assert "learning-rate" in told(case(**train(learning_rate=8e-5, steps=60)))
     assert "learning-rate" not in told(case(**train(learning_rate=8e-5, steps=120)))
+
+
+def test_an_update_is_judged_in_the_dtype_that_a_merge_writes() -> None:
+    """In bf16 and fp16 by bf16's step, for both are served in it; in fp32 by its own; not where the files cannot be read."""
+    weak = case(**train(learning_rate=2e-6))  # an update of 5.6e-4
+    bf16, fp16 = (told(replace(weak, merged=own))["update-too-small"] for own in (torch.bfloat16, torch.float16))
+    assert bf16.found.endswith(
+        "a merge into this base is written in bf16, which rounds at 2.0e-03 and keeps about 31% of such an update "
+        "(assumed: weights of about 1/√width)"
+    )
+    assert fp16.found.endswith(
+        "a merge into this base is written in fp16, which rounds at 2.4e-04 and keeps about 98% of such an update; loaded in bf16, "
+        "which rounds at 2.0e-03, about 31% of it is left (assumed: weights of about 1/√width, which bf16 holds)"
+    )
+    assert fp16.mend == bf16.mend + "; or serve the merged model in fp16, not in bf16"
+    for own in (torch.float32, torch.float64, None):
+        assert "update-too-small" not in told(replace(weak, merged=own))
+    hardly = replace(case(**train(learning_rate=2e-11)), merged=torch.float32)
+    assert "is written in fp32, which rounds at 3.0e-08 and" in told(hardly)["update-too-small"].found
 
 
 def test_patience_ends_many_epochs() -> None:

@@ -58,6 +58,7 @@ def test_every_chapter_with_its_charts(drawn: str) -> None:
         assert f">{title}</h2>" in text
     assert text.count("<svg") == text.count('<figure class="chart">') == 15
     assert 'class="muted"' not in text, "nothing is absent"
+    assert "took 12 s of training (3,500 tokens/s), planned were 11 s, and the whole run" in plain(text)
     assert "It learnt: on 900 held-out answer tokens the loss fell from 3.000 to 0.600" in text
     assert "1 of 21 matrices did not move: layer 0 self_attn.q_proj." in text
 

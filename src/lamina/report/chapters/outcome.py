@@ -197,6 +197,8 @@ def costing(card: Card) -> str:
         f"{_many(card.steps, 'step')} over {card.tokens:,} tokens, {card.supervised_tokens:,} of them with a loss, took "
         f"{lasting(card.training_seconds)} of training{rate}"
     )
+    if card.time is not None:
+        said += f", planned were {lasting(card.time.planned_seconds)}"
     if seconds > card.training_seconds:
         said += f", and the whole run {lasting(seconds)}"
     if card.memory is not None:
