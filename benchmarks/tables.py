@@ -6,18 +6,18 @@ in the last table. ``--check`` writes nothing and tells what is out of step with
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import alone
 import plots
 import results
 from catalogue import BOUND, LAMINA
+from markdown import NONE, Row, origin, table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-Row = dict[str, str]
 HEAD = """\
 # Benchmarks
 
@@ -28,12 +28,11 @@ measured, what the arms are and what keeps a row from being written stands in [b
 Compare within a table: its arms took turns in one run on one machine. Speeds of different runs do not compare. A number from a
 single round is marked ¹: it says less than the median of several.
 """
-NONE = "No rows yet.\n"
 
 
 def page() -> str:
     """The page's text."""
-    return "\n".join([HEAD, *_beside(), *_growth(), *_gates(), *_history()])
+    return "\n".join([HEAD, *_beside(), *_growth(), *alone.sections(), *_gates(), *_history()])
 
 
 def pictures(docs: Path) -> Iterator[tuple[Path, list[Row], Any]]:
@@ -80,10 +79,10 @@ def _beside() -> Iterator[str]:
     for name, rows in shown():
         kind, rest = name.split("-", 1)
         yield f"### {rest.rsplit('-', 1)[1].capitalize()}, {rest.rsplit('-', 1)[0]}, {kind.upper()}\n"
-        yield f"{rows[0]['workload'].split(', ', 1)[1]}. {_origin(rows)}\n"
+        yield f"{rows[0]['workload'].split(', ', 1)[1]}. {origin(rows)}\n"
         yield f"{summary(rows)}\n"
         yield f"![Real tokens per second of each arm](images/bench-{name}.svg)\n"
-        yield _table(
+        yield table(
             "arm | real tok/s | lowest – highest | supervised tok/s | peak GiB | Lamina is … × as fast | "
             "of the bound | in GEMMs | s to a loss",
             [
@@ -137,7 +136,7 @@ def _growth() -> Iterator[str]:
         setting = others.get(axis, "rank {rank}, rows of {length}").format(**rows[0])
         model = "" if axis == "parameters" else f"{rows[0]['model']}, "
         yield f"### Against {plots.NAMES[axis]}\n"
-        yield f"{model}{setting}, all tokens targets, about 2,048 tokens a step. {_origin(rows)}\n"
+        yield f"{model}{setting}, all tokens targets, about 2,048 tokens a step. {origin(rows)}\n"
         yield f"![Speed and memory against {plots.NAMES[axis]}; the dashed line is the bound](images/growth-{axis}.svg)\n"
         arms = [arm for arm in (BOUND, LAMINA, "peft") if any(row["arm"] == arm for row in rows)]
         at = {(row["value"], row["arm"]): row for row in rows}
@@ -148,7 +147,7 @@ def _growth() -> Iterator[str]:
             memory = [row["peak_gib"] if row else "–" for row, arm in zip(cells, arms, strict=True) if arm != BOUND]
             lines.append(" | ".join([f"{int(value):,}", *speeds, *memory]))
         names = [f"{arm}, tok/s" for arm in arms] + [f"{arm}, GiB" for arm in arms if arm != BOUND]
-        yield _table(" | ".join([plots.NAMES[axis], *names]), lines)
+        yield table(" | ".join([plots.NAMES[axis], *names]), lines)
 
 
 def _gates() -> Iterator[str]:
@@ -158,8 +157,8 @@ def _gates() -> Iterator[str]:
     if not rows:
         yield NONE
         return
-    yield f"Of {rows[0]['model']}. {_origin(rows)}\n"
-    yield _table(
+    yield f"Of {rows[0]['model']}. {origin(rows)}\n"
+    yield table(
         "gate | what | found | at most | passed",
         [
             f"{r['gate']} | {r['what']} | {r['found']} | {r['limit']} | {'yes' if r['passed'] == 'True' else 'no'}"
@@ -182,16 +181,10 @@ def _history() -> Iterator[str]:
                 f"{workload.rsplit(', ', 1)[1]} | {own['tok_s'] + _once(own) if own else '–'} | {nearest}"
             )
     yield (
-        _table("date | commit | machine | model, workload | Lamina, tok/s | and the nearest peer", lines)
+        table("date | commit | machine | model, workload | Lamina, tok/s | and the nearest peer", lines)
         if lines
         else NONE
     )
-
-
-def _origin(rows: list[Row]) -> str:
-    first = rows[0]
-    versions = sorted({part for row in rows for part in re.findall(r"\S+ \S+", row["versions"])})
-    return f"{first['date']}, commit {first['commit']}, {first['machine']}; {', '.join(versions)}."
 
 
 def _short(machine: str) -> str:
@@ -208,13 +201,6 @@ def _known(value: str) -> str:
 
 def _percent(value: str) -> str:
     return f"{float(value):.0%}" if value else "–"
-
-
-def _table(head: str, lines: list[str]) -> str:
-    cells = [line.split(" | ") for line in lines]
-    numbers = [all(re.match(r"[\d–]", line[column]) for line in cells) for column in range(len(cells[0]))]
-    rule = "|".join("---:" if number else "---" for number in numbers)
-    return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {line} |" for line in lines)]) + "\n"
 
 
 def stale(docs: Path) -> Iterator[str]:

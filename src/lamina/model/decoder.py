@@ -16,8 +16,9 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lamina.model.architecture import Architecture, Rope
+from lamina.ops.frozen import Dense, frozen_linear
 from lamina.ops.norm import rms_norm
-from lamina.ops.products import Sum, product, several
+from lamina.ops.products import Sum, several
 from lamina.ops.rotary import rotate
 from lamina.ops.shapes import Float, Int
 from lamina.ops.swiglu import swiglu
@@ -46,10 +47,12 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x·Wᵀ + b; W is frozen, and without gradients the product is the one of adapted linears."""
+    """x·Wᵀ + b by the products of adapted linears, of which it may be a neighbour, where W is frozen."""
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out]
-        return super().forward(x) if torch.is_grad_enabled() else product((x, self.weight.t()), bias=self.bias)
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return super().forward(x)
+        return frozen_linear(x, Dense(self.weight), self.bias)
 
     @staticmethod
     def together(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
