@@ -152,7 +152,7 @@ class Extent:
         return self.warmup, self.steps
 
 
-FULL = Extent(rounds=5, warmup=1, steps=5, slow_rounds=2, slow_steps=2, loss_steps=5, loss_rounds=1)
+FULL = Extent(rounds=5, warmup=1, steps=5, slow_rounds=1, slow_steps=2, loss_steps=5, loss_rounds=1)
 QUICK = Extent(rounds=2, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)
 GPU = Extent(rounds=2, warmup=2, steps=5, slow_rounds=1, slow_steps=5, loss_steps=0, loss_rounds=0, slow_warmup=2)
 SMOKE = Extent(rounds=1, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)
