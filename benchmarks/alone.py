@@ -40,11 +40,9 @@ def _forms(rows: list[Row]) -> Iterator[str]:
     rows = [row for row in rows if row["run"] == runs[-1]]
     quantised = [row for row in rows if row["arm"].endswith(("nf4", "int8"))]
     yield f"{rows[0]['workload'].split(', ', 1)[1]}; the peers are transformers, PEFT and bitsandbytes. {origin(quantised)}\n"
-    lines = [
-        f"{row['arm']} | {row['tok_s']} | {row['tok_s_min']} – {row['tok_s_max']} | {row['peak_gib']} | {row['lamina_is_times_faster'] or '–'}"
-        for row in quantised
-    ]
-    yield table("arm | real tok/s | lowest – highest | peak GiB | Lamina over the same form is … × as fast", lines)
+    columns = ("arm", "tok_s", "tok_s_min", "tok_s_max", "peak_gib", "lamina_is_times_faster")
+    lines = [" | ".join(row[column] or "–" for column in columns) for row in quantised]
+    yield table("arm | real tok/s | lowest | highest | peak GiB | Lamina over the same form is … × as fast", lines)
 
 
 def _generation(rows: list[Row]) -> Iterator[str]:
