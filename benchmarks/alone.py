@@ -14,6 +14,7 @@ GIB = 2**30
 
 def sections() -> Iterator[str]:
     for heading, name, section in (
+        ("Over four and eight bits", "cpu", _forms),
         ("Generation", "generation_cpu", _generation),
         ("From the command to the first step", "startup_cpu", _startup),
         ("Llama-2-7B's shape, loaded and trained in stored forms", "qlora_cpu", _quantised),
@@ -28,6 +29,20 @@ def newest(rows: list[Row]) -> list[Row]:
     """The rows that were written together with the last one."""
     last = rows[-1]
     return [row for row in rows if (row["date"], row["commit"]) == (last["date"], last["commit"])]
+
+
+def _forms(rows: list[Row]) -> Iterator[str]:
+    """The newest run that has Lamina over NF4, by the fastest form of the peer."""
+    runs = [row["run"] for row in rows if row["arm"] == "lamina-nf4"]
+    if not runs:
+        yield NONE
+        return
+    rows = [row for row in rows if row["run"] == runs[-1]]
+    quantised = [row for row in rows if row["arm"].endswith(("nf4", "int8"))]
+    yield f"{rows[0]['workload'].split(', ', 1)[1]}; the peers are transformers, PEFT and bitsandbytes. {origin(quantised)}\n"
+    columns = ("arm", "tok_s", "tok_s_min", "tok_s_max", "peak_gib", "lamina_is_times_faster")
+    lines = [" | ".join(row[column] or "–" for column in columns) for row in quantised]
+    yield table("arm | real tok/s | lowest | highest | peak GiB | Lamina over the same form is … × as fast", lines)
 
 
 def _generation(rows: list[Row]) -> Iterator[str]:

@@ -58,6 +58,9 @@ TRL_BEST = {
     "gradient_checkpointing": False,
     "max_length": None,
 }  # by itself it cuts at 1,024
+PEFT_BEST = {"adapter": "bf16"}
+LITGPT_BEST = {"precision": "bf16-true"}
+TUNE_BEST = {"checkpointing": False}
 FACTORY_BEST = {"disable_gradient_checkpointing": True}  # it refuses pure_bf16 on a CPU
 PEFT, LITGPT, TORCHTUNE, FACTORY = "peft", "litgpt", "torchtune", "llamafactory"
 _P: dict[str, Any] = {"environment": PEFT}
@@ -66,27 +69,34 @@ _TUNE: dict[str, Any] = {"program": "torchtune_arm", "environment": TORCHTUNE}
 _FACTORY: dict[str, Any] = {"program": "llamafactory_arm", "environment": FACTORY}
 
 
-def best(workload: str) -> tuple[Arm, ...]:
-    """Each tool as it is fastest with padded rows, and the bound."""
-    at = {"workload": workload}
-    return (
+def forms(workload: str) -> tuple[Arm, ...]:
+    """The bound, and each tool with the step's rows padded to one rectangle and one by one; a short run leaves out what was slower."""
+    at, single = {"workload": workload}, {"micro": 1}
+    padded = (
         Arm(BOUND, "bare_gemms", **at),
         Arm(LAMINA, "lamina_arm", **at),
-        Arm("peft", "peft_loop", {"adapter": "bf16"}, **_P, **at),
-        Arm("trl-best", "trl_sft", TRL_BEST, **_P, **at),
-        Arm("litgpt-best", settings={"precision": "bf16-true", "micro": 4}, **_LITGPT, **at),
-        Arm("torchtune-best", settings={"checkpointing": False, "micro": 4}, **_TUNE, **at, extra=True),
-        Arm("llamafactory-best", settings=FACTORY_BEST, **_FACTORY, **at, extra=True),
+        Arm("peft", "peft_loop", PEFT_BEST, **_P, **at),
+        Arm("trl-padded", "trl_sft", TRL_BEST, **_P, **at, extra=True),
+        Arm("litgpt-padded", settings=LITGPT_BEST | {"micro": 4}, **_LITGPT, **at, extra=True),
+        Arm("torchtune-padded", settings=TUNE_BEST | {"micro": 4}, **_TUNE, **at, extra=True),
+        Arm("llamafactory-padded", settings=FACTORY_BEST, **_FACTORY, **at, extra=True),
+    )
+    if workload == "long":  # one row a step
+        return padded
+    return (
+        *padded,
+        Arm("peft-single", "peft_loop", PEFT_BEST | single, **_P, **at),
+        Arm("trl-single", "trl_sft", TRL_BEST | single, **_P, **at),
+        Arm("litgpt-single", settings=LITGPT_BEST | single, **_LITGPT, **at),
+        Arm("torchtune-single", settings=TUNE_BEST | single, **_TUNE, **at, extra=True),
+        Arm("llamafactory-single", settings=FACTORY_BEST | single, **_FACTORY, **at, extra=True),
     )
 
 
 ARMS = (
-    *best("whole"),
-    Arm("peft-single", "peft_loop", {"adapter": "bf16", "micro": 1}, **_P, extra=True),
+    *forms("whole"),
     Arm("trl-padding-free", "trl_sft", TRL_BEST | {"padding_free": True}, **_P, extra=True),
-    Arm("litgpt-single", settings={"precision": "bf16-true", "micro": 1}, **_LITGPT, extra=True),
-    Arm("torchtune-single", settings={"checkpointing": False, "micro": 1}, **_TUNE, asked=True),
-    Arm("torchtune-packed", settings={"checkpointing": False, "packed": True}, **_TUNE, extra=True),
+    Arm("torchtune-packed", settings=TUNE_BEST | {"packed": True}, **_TUNE, extra=True),
     Arm("llamafactory-packed", settings=FACTORY_BEST | {"packed": True}, **_FACTORY, extra=True),
     Arm("peft-mixed", "peft_loop", {"adapter": "fp32", "autocast": True}, **_P, asked=True),
     Arm("trl-mixed", "trl_sft", {"gradient_checkpointing": False}, **_P, asked=True),
@@ -95,13 +105,14 @@ ARMS = (
     Arm("torchtune-default", **_TUNE, slow=True, extra=True),
     Arm("llamafactory-default", **_FACTORY, slow=True, extra=True),
     Arm("lamina-nf4", "lamina_arm", {"base": "nf4"}, asked=True),
-    Arm("peft-nf4", "peft_loop", {"adapter": "bf16", "base": "nf4"}, **_P, asked=True),
+    Arm("peft-nf4", "peft_loop", PEFT_BEST | {"base": "nf4"}, **_P, asked=True),
+    Arm("peft-single-nf4", "peft_loop", PEFT_BEST | {"base": "nf4", "micro": 1}, **_P, asked=True),
     Arm("lamina-int8", "lamina_arm", {"base": "int8"}, extra=True),
-    Arm("peft-int8", "peft_loop", {"adapter": "bf16", "base": "int8"}, **_P, asked=True),
-    *best("answers"),
-    *best("templated"),
-    *best("dense"),
-    *best("long"),
+    Arm("peft-int8", "peft_loop", PEFT_BEST | {"base": "int8"}, **_P, asked=True),
+    *forms("answers"),
+    *forms("templated"),
+    *forms("dense"),
+    *forms("long"),
 )
 
 
@@ -116,14 +127,14 @@ def on_gpu(workload: str) -> tuple[Arm, ...]:
     return (
         Arm(BOUND, "bare_gemms", **at),
         Arm(LAMINA, "lamina_arm", _LARGE, **at),
-        Arm("peft", "peft_loop", {"adapter": "bf16"} | some, **_P, **at),
-        Arm("torchtune-packed", settings={"checkpointing": False} | packed, **_TUNE, **at),
+        Arm("peft", "peft_loop", PEFT_BEST | some, **_P, **at),
+        Arm("torchtune-packed", settings=TUNE_BEST | packed, **_TUNE, **at),
         Arm("lamina-fp8", "lamina_arm", {"base": "fp8"} | _LARGE, **at),
         Arm("lamina-nf4", "lamina_arm", {"base": "nf4"} | _LARGE, **once),
-        Arm("peft-nf4", "peft_loop", {"adapter": "bf16", "base": "nf4"} | some, **_P, **once),
-        Arm("trl-best", "trl_sft", TRL_BEST | some, **_P, **once),
-        Arm("litgpt-best", settings={"precision": "bf16-true"} | some, **_LITGPT, **once),
-        Arm("torchtune-best", settings={"checkpointing": False} | some, **_TUNE, **once),
+        Arm("peft-nf4", "peft_loop", PEFT_BEST | {"base": "nf4"} | some, **_P, **once),
+        Arm("trl-padded", "trl_sft", TRL_BEST | some, **_P, **once),
+        Arm("litgpt-padded", settings=LITGPT_BEST | some, **_LITGPT, **once),
+        Arm("torchtune-padded", settings=TUNE_BEST | some, **_TUNE, **once),
         Arm("unsloth", "unsloth_arm", some, environment="unsloth", **once),
     )
 

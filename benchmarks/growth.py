@@ -16,14 +16,14 @@ import results
 import rows as texts
 import workload
 from bench import BUILD, Bench, Failed
-from catalogue import Arm, best
+from catalogue import Arm, forms
 
 PATH = results.FOLDER / "growth_cpu.csv"
 FIELDS = (
     "date commit run axis value arm model rank length adapted_layers parameters tok_s peak_gib rounds others versions machine threads"
 ).split()
 TOKENS, STEPS, WARMUP = 2048, 2, 1
-ARMS = tuple(arm for arm in best("dense") if arm.name in ("bare-gemms", "lamina", "peft"))
+ARMS = tuple(arm for arm in forms("dense") if arm.name in ("bare-gemms", "lamina", "peft"))
 
 
 @dataclass(frozen=True)

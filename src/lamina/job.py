@@ -104,11 +104,12 @@ def read_job(folder: Path) -> Job:
     return Job.of(jobfile.load(str(folder / "job.toml"), SECTIONS))
 
 
-def base_folder(model: ModelSettings) -> Path:
-    """Where the files of the base are; a model that is shipped with Lamina has a name of its own."""
+def base_folder(model: ModelSettings, weights: bool = True) -> Path:
+    """Where the files of the base are, or without ``weights`` a description of them (``locate``); a model that is shipped with Lamina
+    has a name of its own."""
     if model.model.startswith(jobs.PREFIX):
         return jobs.path(model.model)
-    return locate(model.model, model.revision)
+    return locate(model.model, model.revision, weights)
 
 
 def shipped_path(name: str) -> Path:

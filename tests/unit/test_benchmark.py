@@ -85,10 +85,12 @@ def test_new_columns_join_a_file_of_old_rows(tmp_path: Path, monkeypatch: pytest
 def test_the_arms_of_a_run() -> None:
     catalogue = module("catalogue")
     names = [arm.name for arm in catalogue.chosen(None, "whole", quick=True)]
-    assert names == ["bare-gemms", "lamina", "peft", "trl-best", "litgpt-best"]
+    assert names == ["bare-gemms", "lamina", "peft", "peft-single", "trl-single", "litgpt-single"]
     every = {arm.name for arm in catalogue.chosen(None, "whole", quick=False)}
     assert {
-        f"{tool}-{how}" for tool in ("trl", "litgpt", "torchtune", "llamafactory") for how in ("best", "default")
+        f"{tool}-{how}"
+        for tool in ("trl", "litgpt", "torchtune", "llamafactory")
+        for how in ("padded", "single", "default")
     } <= every
     with pytest.raises(SystemExit, match="no arm is called 'peff', expected some of: bare-gemms, lamina"):
         catalogue.chosen("peff", "whole", quick=False)
@@ -187,7 +189,7 @@ def test_a_larger_step_and_packages_in_folders(tmp_path: Path, monkeypatch: pyte
     assert environments.beside(tmp_path, "peft").split(os.pathsep) == expected
     assert environments.beside(tmp_path, "").split(os.pathsep) == expected[1:]
     made = bench.Bench(None, "r", larger=8, sites=tmp_path)
-    arms = catalogue.chosen("peft,litgpt-best", "whole", False, catalogue.ON_GPU)
+    arms = catalogue.chosen("peft,litgpt-padded", "whole", False, catalogue.ON_GPU)
     assert made.able(arms) == arms  # nothing is installed
     assert set(made.pythons.values()) == {Path(sys.executable)} and made.batch("whole") == 32
 

@@ -1,4 +1,5 @@
-"""Says what a job will need before anything large is loaded: memory item by item, and time from timing one layer here.
+"""Says what a job will need before anything large is loaded, or fetched from the hub: memory item by item, and time from timing one
+layer here.
 
 The data are read and tokenised, so that the plan is made for the longest batch that the run will really meet."""
 
@@ -21,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     job = job_of(given)
     refuse_unwritten(given, job)
-    base = base_folder(job.model)
+    base = base_folder(job.model, weights=False)
     check(job, base)
     planned = plan_run(job, base, prepare_data(job, base, load_tokenizer(base)))
     if given.json:

@@ -112,7 +112,7 @@ class _Examination:
     def base(self) -> None:
         """The base's folder, its config, its tokenizer."""
         try:
-            self.folder = base_folder(self.job.model)
+            self.folder = base_folder(self.job.model, weights=False)
             self.know(architecture=read_config(self.folder))
         except Error as error:
             self.refuse("base", error)

@@ -114,16 +114,25 @@ def _files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise ModelError(f"{folder}: {_why_no_weights(folder)}")
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index}: no readable weight_map; download the file again") from None
+    shards = shards_of(index)
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise ModelError(
             f"{folder}: shards named by {index.name} are missing: {', '.join(missing)}; download them again"
         )
     return [folder / shard for shard in shards]
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        ModelError: it names none that could be read.
+    """
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index}: no readable weight_map; download the file again") from None
 
 
 def _packed(sign: str) -> str:

@@ -1,6 +1,8 @@
 """Where a model's files are: a local folder, or a snapshot of a repository on the Hugging Face hub."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from lamina.errors import ModelError
@@ -12,12 +14,15 @@ SHOWN = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def locate(name: str | Path, revision: str | None = None) -> Path:
+def locate(name: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """Finds a model's folder, downloading it from the hub when ``name`` is not a local one.
 
     A connection that is cut goes on within its file; a run that is cut keeps the files that were complete; what is in the
     cache is used when the hub cannot be reached. Tokens, proxies and the cache's place are those of ``huggingface_hub``
     (``HF_TOKEN``, ``HF_HOME``, …).
+
+    Args:
+        weights: False where the names, shapes and precisions of the tensors are enough (``outline``).
 
     Raises:
         ModelError: no such folder, repository or revision; access refused; the hub cannot be reached and the model is
@@ -34,7 +39,11 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         raise ModelError(f"{name}: no such folder; {_folders(folder.parent)}")
     if not _HUB_ID.fullmatch(str(name)):
         raise ModelError(f"{name}: no such folder, and not an id on the hub (owner/name); check --model")
-    return _download(str(name), revision)
+    if weights:
+        return download(str(name), revision)
+    from lamina.model.outline import outline
+
+    return outline(str(name), revision)
 
 
 def _folders(parent: Path) -> str:
@@ -43,8 +52,28 @@ def _folders(parent: Path) -> str:
     return f"{parent} holds {', '.join(names[:SHOWN])}{more}" if names else f"{parent} holds no folder"
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download(name: str, revision: str | None) -> Path:
+    """The snapshot of a repository, with its weights."""
     from huggingface_hub import snapshot_download
+
+    with told(name, revision):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        if any(folder.glob("model*.safetensors*")) or not _only_pickled(name, revision):
+            return folder
+    raise ModelError(
+        f"{name}: published only as pickles, which can run code when read; choose a model published as safetensors, or convert "
+        'it once, where you trust it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as '
+        f"T; [c.from_pretrained('{name}').save_pretrained('converted') for c in (M, T)]\", then run with --model converted"
+    )
+
+
+@contextlib.contextmanager
+def told(name: str, revision: str | None) -> Iterator[None]:
+    """Says in our words why the hub gives nothing.
+
+    Raises:
+        ModelError: as ``locate``.
+    """
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is there, but not exported
         GatedRepoError,
         HfHubHTTPError,
@@ -55,14 +84,8 @@ def _download(name: str, revision: str | None) -> Path:
     )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
-        if any(folder.glob("model*.safetensors*")) or not _only_pickled(name, revision):
-            return folder
-        message = (
-            "published only as pickles, which can run code when read; choose a model published as safetensors, or convert "
-            'it once, where you trust it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as '
-            f"T; [c.from_pretrained('{name}').save_pretrained('converted') for c in (M, T)]\", then run with --model converted"
-        )
+        yield
+        return
     except GatedRepoError:
         message = f"access is restricted; accept the licence at huggingface.co/{name}, then run: hf auth login"
     except RepositoryNotFoundError:

@@ -1,3 +1,5 @@
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -7,6 +9,7 @@ from hub import Hub
 from tiny import write_tiny
 
 from lamina.errors import ConfigError, ModelError
+from lamina.model.checkpoint import stored_tensors
 from lamina.model.locate import locate
 from lamina.model.weights import ModelSettings, load_model
 
@@ -226,3 +229,74 @@ def test_model_published_without_weights(hub: Hub, model: Path, tmp_path: Path) 
             ModelError, match=r"no model.safetensors and no model.safetensors.index.json; choose a model"
         ):
             vocabulary(done)
+
+
+OUTLINE = """
+import json, sys
+from lamina.errors import ModelError
+from lamina.model.checkpoint import stored_tensors
+from lamina.model.locate import locate
+try:
+    folder = locate("owner/model", weights=False)
+except ModelError as error:
+    sys.exit("ModelError " + str(error))
+tensors = sorted((t.name, t.code, list(t.shape), t.file.name, t.size) for t in stored_tensors(folder).values())
+print(json.dumps([str(folder), tensors, sorted(path.name for path in folder.iterdir())]))
+"""
+
+
+def outlined(hub: Hub, home: Path) -> tuple[Path, list[list[object]], list[str]]:
+    """The folder without weights, what its headers say, and what is in it."""
+    done = hub.run(OUTLINE, home)
+    assert done.returncode == 0, done.stderr
+    folder, tensors, files = json.loads(done.stdout)
+    return Path(folder), tensors, files
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_outline_has_the_headers_and_fetches_no_weights(hub: Hub, tmp_path: Path, shards: int) -> None:
+    model = write_tiny(tmp_path / "model", shards=shards)
+    hub.publish("owner/model", model)
+    folder, tensors, files = outlined(hub, tmp_path / "home")
+    expected = stored_tensors(model).values()
+    assert tensors == sorted([t.name, t.code, list(t.shape), t.file.name, t.size] for t in expected)
+    assert files == sorted(path.name for path in model.iterdir())
+    asked = [re.fullmatch(r"GET .*\.safetensors (.*)", request) for request in hub.requests]
+    assert [match[1] for match in asked if match] == ["bytes=0-100000"] * shards
+    assert not folder.exists(), "the temporary folder outlives its process"
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_an_outline_of_a_model_in_the_cache_is_its_snapshot(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.publish("owner/model", model)
+    whole = hub.run(find(), tmp_path / "home")
+    assert str(outlined(hub, tmp_path / "home")[0]) == whole.stdout.strip()
+
+
+@pytest.mark.slow
+def test_what_is_stored_quantised_is_downloaded_to_be_outlined(hub: Hub, model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    hub.publish("owner/model", model)
+    folder, *_ = outlined(hub, tmp_path / "home")
+    for path in model.glob("*.safetensors"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+def test_after_an_outline_the_weights_are_still_to_come(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.publish("owner/model", model)
+    outlined(hub, tmp_path / "home")
+    offline = hub.run(find(), tmp_path / "home", online=False)
+    assert "HF_HUB_OFFLINE is set and the model is only partly in the cache" in offline.stderr
+    assert vocabulary(hub.run(find(), tmp_path / "home")) == 64
+
+
+@pytest.mark.slow
+def test_an_outline_of_what_is_not_there(hub: Hub, model: Path, tmp_path: Path) -> None:
+    assert "no such folder and no such model on the hub" in hub.run(OUTLINE, tmp_path / "home").stderr
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"x")
+    hub.publish("owner/model", model)
+    assert "published only as pickles" in hub.run(OUTLINE, tmp_path / "home").stderr

@@ -1,0 +1,75 @@
+"""A model on the hub without its weights: what a plan, or a check of a job, has to know of 140 GB comes in some kilobytes.
+
+A safetensors file begins with a header that names all its tensors. The hub gives parts of files, so only the headers are
+fetched. They lie in a temporary folder, at the beginning of files that are as long as the true ones and take no room on
+the disk, beside links to the other files: whoever reads headers finds what is in the true folder. Nothing may be
+loaded from there.
+"""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lamina.model.checkpoint import shards_of
+from lamina.model.locate import PATTERNS, download, told
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+"""They go with the process."""
+
+
+@cache
+def outline(name: str, revision: str | None) -> Path:
+    """The folder of a repository with its configuration and tokenizer, and with files of weights that have their headers only.
+
+    Where the weights are in the cache, or are stored quantised, so that more than headers says what they are, it is the snapshot.
+
+    Raises:
+        ModelError: as ``locate``.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+
+    with told(name, revision):
+        small = [pattern for pattern in PATTERNS if not pattern.endswith(".safetensors")]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=small))
+        shards = shards_of(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+        if all((folder / shard).exists() for shard in shards):
+            return folder
+        if not _packed(folder / "config.json"):
+            try:
+                found = {
+                    shard: HfApi().parse_safetensors_file_metadata(name, shard, revision=folder.name)
+                    for shard in shards
+                }
+                return _written(folder, found)
+            except (EntryNotFoundError, SafetensorsParsingError):
+                pass  # which the download tells of
+    return download(name, revision)
+
+
+def _packed(config: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # told by whoever reads it next
+
+
+def _written(folder: Path, found: dict[str, Any]) -> Path:
+    """The temporary folder: links to what is in the snapshot, and the headers in files of full length."""
+    _FOLDERS.append(tempfile.TemporaryDirectory(prefix="lamina-outline-"))
+    made = Path(_FOLDERS[-1].name)
+    for path in folder.iterdir():
+        (made / path.name).symlink_to(path.resolve())
+    for shard, header in found.items():
+        tensors = {
+            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+            for name, info in header.tensors.items()
+        }
+        text = json.dumps(tensors).encode()
+        with (made / shard).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + max((info.data_offsets[1] for info in header.tensors.values()), default=0))
+    return made
