@@ -2,11 +2,12 @@
 
 A safetensors file begins with a header that names all its tensors. The hub gives parts of files, so only the headers are
 fetched. They lie in a temporary folder, at the beginning of files that are as long as the true ones and take no room on
-the disk, beside links to the other files: whoever reads headers finds what is in the true folder. Nothing may be
+the disk, beside copies of the other files: whoever reads headers finds what is in the true folder. Nothing may be
 loaded from there.
 """
 
 import json
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ def outline(name: str, revision: str | None) -> Path:
         ModelError: as ``locate``.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 
     with told(name, revision):
@@ -38,7 +40,7 @@ def outline(name: str, revision: str | None) -> Path:
         shards = shards_of(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
         if all((folder / shard).exists() for shard in shards):
             return folder
-        if not _packed(folder / "config.json"):
+        if not (is_offline_mode() or _packed(folder / "config.json")):
             try:
                 found = {
                     shard: HfApi().parse_safetensors_file_metadata(name, shard, revision=folder.name)
@@ -58,11 +60,12 @@ def _packed(config: Path) -> bool:
 
 
 def _written(folder: Path, found: dict[str, Any]) -> Path:
-    """The temporary folder: links to what is in the snapshot, and the headers in files of full length."""
+    """The temporary folder: what is in the snapshot, and the headers in files of full length."""
     _FOLDERS.append(tempfile.TemporaryDirectory(prefix="lamina-outline-"))
     made = Path(_FOLDERS[-1].name)
     for path in folder.iterdir():
-        (made / path.name).symlink_to(path.resolve())
+        if path.is_file() and path.suffix != ".safetensors":  # a shard may be there already
+            shutil.copy(path, made / path.name)
     for shard, header in found.items():
         tensors = {
             name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}

@@ -287,8 +287,11 @@ def test_what_is_stored_quantised_is_downloaded_to_be_outlined(hub: Hub, model: 
 def test_after_an_outline_the_weights_are_still_to_come(hub: Hub, model: Path, tmp_path: Path) -> None:
     hub.publish("owner/model", model)
     outlined(hub, tmp_path / "home")
-    offline = hub.run(find(), tmp_path / "home", online=False)
-    assert "HF_HUB_OFFLINE is set and the model is only partly in the cache" in offline.stderr
+    for code in (find(), OUTLINE):
+        offline = hub.run(code, tmp_path / "home", online=False)
+        assert (
+            "ModelError owner/model: HF_HUB_OFFLINE is set and the model is only partly in the cache" in offline.stderr
+        )
     assert vocabulary(hub.run(find(), tmp_path / "home")) == 64
 
 
