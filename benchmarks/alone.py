@@ -56,7 +56,7 @@ def _generation(rows: list[Row]) -> Iterator[str]:
 
 
 def _startup(rows: list[Row]) -> Iterator[str]:
-    by_threads = {row["threads"]: row for row in rows}
+    by_threads = {row["threads"]: row for row in newest(rows)}
     chosen = [by_threads[threads] for threads in sorted(by_threads, key=int)]
     yield f"`lamina train` on 1,000 rows and the 15 M model, in seconds, everything read before. {origin(chosen)}\n"
     parts = "imports tokenizer data plan load rehearsal evaluation".split()
@@ -67,14 +67,19 @@ def _startup(rows: list[Row]) -> Iterator[str]:
 
 
 def _quantised(rows: list[Row]) -> Iterator[str]:
-    run = newest([row for row in rows if row["what"].startswith(("load", "train", "plain"))])
+    run = [row for row in rows if row["what"].startswith(("load", "train", "plain"))]
+    if not run:
+        yield NONE
+        return
+    run = newest(run)
     yield f"One row of 512 tokens a step, rank 16 on all linears; bytes above those of a process with a tiny model. {origin(run)}\n"
     lines = []
     for row in run:
         what = f"{row['what']}, {row['base']}"
         seconds, speed = (f"{float(row[name]):.1f}" if row[name] else "–" for name in ("seconds", "tokens_s"))
+        measured_bytes = "" if row["what"] == "plain read" else row["measured_bytes"]  # there those of the files
         plan, measured = (
-            f"{int(row[name]) / GIB:.2f}" if row[name] else "–" for name in ("predicted_bytes", "measured_bytes")
+            f"{int(size) / GIB:.2f}" if size else "–" for size in (row["predicted_bytes"], measured_bytes)
         )
         lines.append(f"{what} | {seconds} | {speed} | {plan} | {measured}")
     yield table("what | seconds | tok/s | planned GiB | measured GiB", lines)

@@ -170,7 +170,7 @@ class Bench:
                     flush=True,
                 )
 
-    def to_a_loss(self, arms: list[Arm], extent: Extent) -> None:
+    def to_a_loss(self, extent: Extent) -> None:
         """Seconds from the start of an arm's process to a held-out loss: halfway between the reference's after its last two steps.
 
         All arms train the same, so all that race get there in the same step; what differs is how long they take to start and to
@@ -178,7 +178,7 @@ class Bench:
         """
         racers = [arm for arm in self.reports if arm.workload == "whole" and not (arm.bound or arm.slow)]
         reference = next((arm for arm in racers if arm.name == REFERENCE), None)
-        if reference is None or not extent.loss_rounds:
+        if reference is None or not extent.loss_rounds or self.over():
             return
         held = {"held_out": str(self.files.rows("held_out")), "warmup": 0}
         losses = self.process(reference, "reference", **held, steps=extent.loss_steps)["held_out"]

@@ -62,7 +62,7 @@ def compare(options: argparse.Namespace) -> None:
     if files.about.startswith("random"):
         print("guanaco-llama2-1k, gsm8k and the Llama-2 tokenizer are not in ../shared/data: rows are random tokens")
     bench.rounds(arms, extent)
-    bench.to_a_loss(arms, extent)
+    bench.to_a_loss(extent)
     if not bench.reports:
         sys.exit("nothing was measured")
     fixed = {"date": date, "commit": commit, "run": run, "machine": machine.machine(device)}

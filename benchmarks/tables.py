@@ -102,14 +102,16 @@ def summary(rows: list[Row]) -> str:
     if not peers:
         return "No peer over the same base in this run."
     best = min(peers, key=lambda row: float(row["lamina_is_times_faster"]))
-    parts = [f"Lamina is {best['lamina_is_times_faster']} × as fast as the fastest peer of this run ({best['arm']})"]
+    parts = [
+        f"Lamina is {best['lamina_is_times_faster']} × as fast as the fastest peer of this run ({best['arm']}{_once(best)})"
+    ]
     trl = [row for row in peers if row["arm"].startswith("trl")]
     if trl:
         fast = min(trl, key=lambda row: float(row["lamina_is_times_faster"]))
         least = min(trl, key=lambda row: float(row["peak_gib"]))
         share = float(own["peak_gib"]) / float(least["peak_gib"])
-        parts.append(f"{fast['lamina_is_times_faster']} × as TRL's fastest form ({fast['arm']})")
-        parts.append(f"in {share:.2f} of the memory of TRL's leanest ({least['arm']})")
+        parts.append(f"{fast['lamina_is_times_faster']} × as TRL's fastest form ({fast['arm']}{_once(fast)})")
+        parts.append(f"in {share:.2f} of the memory of TRL's leanest ({least['arm']}{_once(least)})")
     int8 = next((row for row in rows if row["arm"] == f"{LAMINA}-int8"), None)
     if int8:
         medians = float(int8["tok_s"]) / float(best["tok_s"])

@@ -159,7 +159,7 @@ class _Replay:
                 if variant.kind == "asked":
                     return self.asked(variant, model)
                 return self.trained(variant, model)
-        except (ConfigError, DataError, TrainingError) as error:
+        except (ConfigError, DataError, OutOfMemoryError, TrainingError) as error:
             if variant.name == "mended":
                 raise
             return Entry(variant.name, variant.what, reason=f"did not finish: {error}")

@@ -169,8 +169,10 @@ def _go(job: Job, folder: Path, show: Show, resumed: bool, loaded: Decoder | Non
     measured_peak = meter.peak()
     show.line(compared(planned, measured_peak))
     told = about(job, model, folder)
-    time = {"planned_seconds": planned.seconds_of(told["tokens"]), "measured_seconds": told["training_seconds"]}
-    show.line(pace_line(*time.values()))
+    time = None  # of a resumed run, whose measured seconds are other processes' too
+    if not resuming:
+        time = {"planned_seconds": planned.seconds_of(told["tokens"]), "measured_seconds": told["training_seconds"]}
+        show.line(pace_line(*time.values()))
     with watch("card"):
         card = measured(Asked(model, tokenizer, stop), data, job, run.base_scores, run.last_scores)
     with watch("explanation"):

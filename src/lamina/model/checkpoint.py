@@ -127,12 +127,16 @@ def shards_of(index: Path) -> list[str]:
     """The files that an index names.
 
     Raises:
-        ModelError: it names none that could be read.
+        ModelError: it names none that could be read, or one that is not beside it.
     """
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        astray = [shard for shard in shards if not shard or Path(shard).name != shard]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{index}: no readable weight_map; download the file again") from None
+    if astray:
+        raise ModelError(f"{index}: found {astray[0]!r} in its weight_map, expected files beside it")
+    return shards
 
 
 def _packed(sign: str) -> str:

@@ -50,7 +50,7 @@ class Linear(nn.Linear):
     """x·Wᵀ + b by the products of adapted linears, of which it may be a neighbour, where W is frozen."""
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out]
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             return super().forward(x)
         return frozen_linear(x, Dense(self.weight), self.bias)
 

@@ -1,4 +1,4 @@
-"""A model on the hub without its weights: what a plan, or a check of a job, has to know of 140 GB comes in some kilobytes.
+"""A model on the hub without its weights: what a plan, or a check of a job, has to know of 140 GB is at the beginning of its files.
 
 A safetensors file begins with a header that names all its tensors. The hub gives parts of files, so only the headers are
 fetched. They lie in a temporary folder, at the beginning of files that are as long as the true ones and take no room on
@@ -54,8 +54,8 @@ def outline(name: str, revision: str | None) -> Path:
 
 def _packed(config: Path) -> bool:
     try:
-        return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
         return False  # told by whoever reads it next
 
 
@@ -72,7 +72,7 @@ def _written(folder: Path, found: dict[str, Any]) -> Path:
             for name, info in header.tensors.items()
         }
         text = json.dumps(tensors).encode()
-        with (made / shard).open("wb") as file:
+        with (made / shard).open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + max((info.data_offsets[1] for info in header.tensors.values()), default=0))
     return made

@@ -105,7 +105,7 @@ INLINE float largest(floats x) {
     return x[0];
 }
 
-/* 2ˣ to 2e-7 of its value; 0 below -127 and infinite from 128 on; what is not a number stays so. The whole part of x is written into
+/* 2ˣ to 2e-7 of its value; 0 below -126.5 and infinite above 127.5; what is not a number stays so. The whole part of x is written into
    the exponent, where the ends have their bits too; of the rest, at most a half, the polynomial errs least that is 1 at 0. */
 INLINE floats power_of_two(floats exact) {
     floats x = smaller(all(128), larger(all(-127), exact));
@@ -119,6 +119,8 @@ INLINE floats power_of_two(floats exact) {
 }
 
 #define LOG2_E 1.44269504f
+
+/* eˣ; x·log₂e is rounded before: to 2e-7 of its value near 0, and to 5e-6 at the ends. */
 INLINE floats exponential(floats x) { return power_of_two(x * LOG2_E); }
 
 /* c + a·b of both bf16 of every pair, summed in fp32. */

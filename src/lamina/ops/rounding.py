@@ -10,7 +10,7 @@ _WEIGHTS, _CHANGES = 1024, 256  # quantiles that stand for a matrix, and for its
 
 
 def half_step(dtype: torch.dtype) -> float:
-    """Half the distance of neighbouring numbers, relative to the number at most: 2⁻⁹ in bf16, 2⁻¹² in fp16, 2⁻²⁵ in fp32."""
+    """Half the distance of neighbouring numbers, relative to the number at least: 2⁻⁹ in bf16, 2⁻¹² in fp16, 2⁻²⁵ in fp32."""
     return torch.finfo(dtype).eps / 4
 
 

@@ -98,7 +98,7 @@ class MergeRecord:
             "merge with --policy dequantised, or use the adapter beside its base"
             if self.policy == "requantised"
             else "use the adapter beside its base, or train with a higher learning rate, a larger alpha or more steps; or merge into a "
-            "copy of the base that is stored in fp32 (lamina.merge with changes={'model': FOLDER}), and load it in fp32"
+            "copy of the base that is stored in fp32 (lamina.merge with changes={'model': FOLDER, 'revision': None}), and load it in fp32"
         )
         said = f"most of the update was rounded away: {self.survived:.1%} of it survived, expected at least {SURVIVED:.0%}; {mend}"
         seen_otherwise = self.base in ("int8", "fp8") or (self.policy == "original" and self.base in ("nf4", "fp4"))

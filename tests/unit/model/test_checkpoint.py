@@ -66,6 +66,13 @@ def test_missing_shards_are_all_named(tmp_path: Path) -> None:
         stored_tensors(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../model.safetensors", "sub/model.safetensors", ""])
+def test_an_index_names_files_beside_it_only(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError, match=r"in its weight_map, expected files beside it"):
+        stored_tensors(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
 def test_damaged_index(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)

@@ -303,3 +303,14 @@ def test_an_outline_of_what_is_not_there(hub: Hub, model: Path, tmp_path: Path) 
     (model / "pytorch_model.bin").write_bytes(b"x")
     hub.publish("owner/model", model)
     assert "published only as pickles" in hub.run(OUTLINE, tmp_path / "home").stderr
+
+
+def test_an_outline_leaves_what_is_in_the_cache_as_it_is(hub: Hub, model: Path, tmp_path: Path) -> None:
+    """A download that was cut off left one of two shards."""
+    hub.publish("owner/model", model)
+    hub.failing.add("model-00002-of-00002.safetensors")
+    assert hub.run(find(), tmp_path / "home").returncode == 1
+    hub.failing.clear()
+    (kept,) = (tmp_path / "home").rglob("model-00001-of-00002.safetensors")
+    assert hub.run(OUTLINE, tmp_path / "home").returncode == 0
+    assert kept.read_bytes() == (model / kept.name).read_bytes()
