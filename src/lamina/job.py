@@ -26,6 +26,7 @@ from lamina.jobfile import Head
 from lamina.model.architecture import read_config
 from lamina.model.decoder import Decoder
 from lamina.model.locate import locate
+from lamina.model.outline import outline
 from lamina.model.weights import ModelSettings, pick_device
 from lamina.section import section
 from lamina.training.loop import Training
@@ -105,11 +106,11 @@ def read_job(folder: Path) -> Job:
 
 
 def base_folder(model: ModelSettings, weights: bool = True) -> Path:
-    """Where the files of the base are, or without ``weights`` a description of them (``locate``); a model that is shipped with Lamina
+    """Where the files of the base are, or without ``weights`` an outline of them; a model that is shipped with Lamina
     has a name of its own."""
     if model.model.startswith(jobs.PREFIX):
         return jobs.path(model.model)
-    return locate(model.model, model.revision, weights)
+    return (locate if weights else outline)(model.model, model.revision)
 
 
 def shipped_path(name: str) -> Path:

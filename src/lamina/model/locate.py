@@ -14,19 +14,25 @@ SHOWN = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def locate(name: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+def locate(name: str | Path, revision: str | None = None) -> Path:
     """Finds a model's folder, downloading it from the hub when ``name`` is not a local one.
 
     A connection that is cut goes on within its file; a run that is cut keeps the files that were complete; what is in the
     cache is used when the hub cannot be reached. Tokens, proxies and the cache's place are those of ``huggingface_hub``
     (``HF_TOKEN``, ``HF_HOME``, …).
 
-    Args:
-        weights: False where the names, shapes and precisions of the tensors are enough (``outline``).
-
     Raises:
         ModelError: no such folder, repository or revision; access refused; the hub cannot be reached and the model is
             not in the cache; no room on the disk.
+    """
+    return local(name, revision) or download(str(name), revision)
+
+
+def local(name: str | Path, revision: str | None) -> Path | None:
+    """The folder, where the name is that of a local one; None for a repository on the hub.
+
+    Raises:
+        ModelError: it can be neither.
     """
     if not str(name):  # its Path would be the current folder
         raise ModelError("model: nothing is named, expected a folder or an id on the hub (owner/name); check --model")
@@ -39,11 +45,7 @@ def locate(name: str | Path, revision: str | None = None, weights: bool = True) 
         raise ModelError(f"{name}: no such folder; {_folders(folder.parent)}")
     if not _HUB_ID.fullmatch(str(name)):
         raise ModelError(f"{name}: no such folder, and not an id on the hub (owner/name); check --model")
-    if weights:
-        return download(str(name), revision)
-    from lamina.model.outline import outline
-
-    return outline(str(name), revision)
+    return None
 
 
 def _folders(parent: Path) -> str:

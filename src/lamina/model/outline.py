@@ -14,22 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from lamina.model.checkpoint import shards_of
-from lamina.model.locate import PATTERNS, download, told
+from lamina.model.locate import PATTERNS, download, local, told
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 """They go with the process."""
 
 
-@cache
-def outline(name: str, revision: str | None) -> Path:
-    """The folder of a repository with its configuration and tokenizer, and with files of weights that have their headers only.
+def outline(name: str, revision: str | None = None) -> Path:
+    """The folder of a model with its configuration and tokenizer, and with files of weights that may have their headers only.
 
-    Where the weights are in the cache, or are stored quantised, so that more than headers says what they are, it is the snapshot.
+    Where the weights are at hand, or are stored quantised, so that more than headers says what they are, it is the true folder.
 
     Raises:
         ModelError: as ``locate``.
     """
+    return local(name, revision) or _of_repository(name, revision)
+
+
+@cache
+def _of_repository(name: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError

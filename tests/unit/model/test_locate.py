@@ -235,9 +235,9 @@ OUTLINE = """
 import json, sys
 from lamina.errors import ModelError
 from lamina.model.checkpoint import stored_tensors
-from lamina.model.locate import locate
+from lamina.model.outline import outline
 try:
-    folder = locate("owner/model", weights=False)
+    folder = outline("owner/model")
 except ModelError as error:
     sys.exit("ModelError " + str(error))
 tensors = sorted((t.name, t.code, list(t.shape), t.file.name, t.size) for t in stored_tensors(folder).values())
