@@ -68,6 +68,8 @@ def test_all_misfits_are_told_at_once(tmp_path: Path) -> None:
 
 
 MEASURE = """
+from lamina.process import prepare
+prepare()  # as the command does: a library leaves the place of large tensors to glibc, whose holes are chance
 import sys
 from pathlib import Path
 import lamina.model.weights as weights
@@ -125,6 +127,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 QUANTISING = """
+from lamina.process import prepare
+prepare()  # as the command does: a library leaves the place of large tensors to glibc, whose holes are chance
 import sys
 from pathlib import Path
 from lamina.model.weights import load_model
@@ -156,5 +160,5 @@ def test_peak_while_quantising_is_the_final_size_and_two_tensors(form: str, tmp_
     dense = 6 * (4 * 1024**2 + 3 * 1024 * 4096) * 2
     tensor = 1024 * 4096 * 2
     assert kept < 0.65 * dense
-    # 8 MB for slices, the allocator's rounding and code that runs for the first time.
-    assert peak <= kept + 2 * tensor + 8e6
+    # 1 MB for slices, the allocator's rounding and code that runs for the first time.
+    assert peak <= kept + 2 * tensor + 1e6
