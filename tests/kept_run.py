@@ -200,3 +200,8 @@ def write_lines(path: Path, values: list[dict[str, Any]]) -> None:
 def clean(text: str) -> str:
     """The text as a file in UTF-8 can hold it."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def plain(text: str) -> str:
+    """With spaces that may break."""
+    return text.replace("\u00a0", " ")

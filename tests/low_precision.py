@@ -70,3 +70,17 @@ def emulated(form: Int8 | Fp8, x: Tensor, *, back: bool = False, bias: Tensor | 
     terms = (left.abs() @ right.abs()) * both
     out = (left @ right) * both
     return out if bias is None else out + bias.double(), terms
+
+
+def sample(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, W, bias, gradient; W as a view that is not contiguous."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(inputs, outputs).t() / inputs**0.5
+    return x, weight, torch.randn(outputs).to(dtype), torch.randn(rows, outputs).to(dtype)
+
+
+def same_order(form: Int8, x: Tensor, *, back: bool = False, bias: Tensor | None = None) -> Tensor:
+    """Sums of int64, then the roundings of the form, one by one."""
+    left, right, scale, factors = operands(form, x, back)
+    out = (left @ right).float() * scale * factors
+    return (out if bias is None else out + bias.float()).to(x.dtype)

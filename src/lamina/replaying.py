@@ -92,14 +92,15 @@ def resume_replay(folder: Path, show: Show | None = None) -> Replayed:
         jobs = (jobfile.load(str(folder / f"{name}.toml"), SECTIONS) for name in ("mended", "faithful"))
         mended, faithful = map(Job.of, jobs)
         try:
-            with memory_told("free some memory"):
+            with memory_told("free some memory"):  # beside the runs, which say so themselves
                 under_way = _Replay(folder, mended, letter, show or Silent())
                 under_way.entries = entries
                 under_way.go(list(variants(letter, mended, faithful)))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; go on with: lamina replay --resume {folder}") from None
-        except OutOfMemoryError as error:
-            raise OutOfMemoryError(f"{error}; the replay goes on with: lamina replay --resume {folder}") from None
+        except OutOfMemoryError:
+            told = f"out of memory; free some memory, and go on with: lamina replay --resume {folder}"
+            raise OutOfMemoryError(told) from None
     return Replayed(folder, tuple(under_way.entries))
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import tiny
 from safetensors.torch import load_file
 from tiny import write_tiny
 from tokens import pieces
 
 from lamina import cli, replaying
 from lamina.data.examples import read_examples
+from lamina.errors import Error, OutOfMemoryError, TrainingError
 from lamina.job import read_job
 from lamina.training.resume import locked
+from lamina.variants import Variant
 
 STEPS = ["--steps", "4", "--batch-size", "2", "--rank", "4", "--eval-fraction", "0.25", "--eval-max-new-tokens", "4"]
 TRAINED = [
@@ -228,5 +231,20 @@ def test_the_end_of_the_memory_is_told_with_how_the_replay_goes_on(
 
     monkeypatch.setattr(replaying._Replay, "go", ended)
     assert cli.main(["replay", "C", *flags(named), "--out", str(tmp_path / "some")]) == 2
-    told = f"out of memory; free some memory; the replay goes on with: lamina replay --resume {tmp_path / 'some'}"
+    told = f"out of memory; free some memory, and go on with: lamina replay --resume {tmp_path / 'some'}"
     assert capsys.readouterr().err == f"lamina: {told}\n"
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("out of memory; x"), TrainingError("the loss is nan")])
+def test_a_variant_that_must_not_go_on_is_an_entry_but_the_first_ends_the_replay(
+    error: Error, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(replaying._Replay, "merged", ended)
+    under_way = object.__new__(replaying._Replay)
+    one, first = (Variant(name, "what it changes", kind="merged") for name in ("no-mask", "mended"))
+    assert under_way.entry(one, tiny()).reason == f"did not finish: {error}"
+    with pytest.raises(type(error), match=str(error)):
+        under_way.entry(first, tiny())

@@ -123,10 +123,8 @@ def update_size(case: Case) -> Iterator[Finding]:
     )
     served = torch.bfloat16 if own == torch.float16 else own
     if found < half_step(served):
-        there, rounds = (
-            NAMES[served],
-            f"rounds at {half_step(own):.1e} and keeps about {surviving(found, own):.0%} of such an update",
-        )
+        there = NAMES[served]
+        rounds = f"rounds at {half_step(own):.1e} and keeps about {surviving(found, own):.0%} of such an update"
         merge = f"a merge into this base is written in {NAMES[own]}, which {rounds}"
         assumed = "weights of about 1/√width"
         if own != served:

@@ -9,7 +9,7 @@ loaded from there.
 import json
 import shutil
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,14 @@ def _of_repository(name: str, revision: str | None) -> Path:
         shards = shards_of(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
         if all((folder / shard).exists() for shard in shards):
             return folder
-        if not (is_offline_mode() or _packed(folder / "config.json")):
-            try:
-                found = {
-                    shard: HfApi().parse_safetensors_file_metadata(name, shard, revision=folder.name)
-                    for shard in shards
-                }
-                return _written(folder, found)
-            except (EntryNotFoundError, SafetensorsParsingError):
-                pass  # which the download tells of
-    return download(name, revision)
+        if is_offline_mode() or _packed(folder / "config.json"):
+            return download(name, revision)
+        ask = partial(HfApi().parse_safetensors_file_metadata, name, revision=folder.name)
+        try:
+            found = {shard: ask(shard) for shard in shards}
+        except (EntryNotFoundError, SafetensorsParsingError):  # which the download tells of
+            return download(name, revision)
+    return _written(name, folder, found)
 
 
 def _packed(config: Path) -> bool:
@@ -63,10 +61,12 @@ def _packed(config: Path) -> bool:
         return False  # told by whoever reads it next
 
 
-def _written(folder: Path, found: dict[str, Any]) -> Path:
-    """The temporary folder: what is in the snapshot, and the headers in files of full length."""
+def _written(name: str, folder: Path, found: dict[str, Any]) -> Path:
+    """The temporary folder, which ends in the model's name, as messages show it: what is in the snapshot, and the headers in files of
+    full length."""
     _FOLDERS.append(tempfile.TemporaryDirectory(prefix="lamina-outline-"))
-    made = Path(_FOLDERS[-1].name)
+    made = Path(_FOLDERS[-1].name) / name
+    made.mkdir(parents=True)
     for path in folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors":  # a shard may be there already
             shutil.copy(path, made / path.name)

@@ -7,8 +7,7 @@
    else is before the end.
 
    Layouts: q, its gradient and the output [tokens][heads][width]; k, v and theirs [tokens][key heads][width]; what is kept
-   [tokens][heads][2]. Width is a
-   multiple of 16, at most 256. Example e holds the tokens starts[e] … starts[e + 1] - 1. */
+   [tokens][heads][2]. Width is a multiple of 16, at most 256. Example e holds the tokens starts[e] … starts[e + 1] - 1. */
 #include "vector.h"
 #include <omp.h>
 

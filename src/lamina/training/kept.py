@@ -244,13 +244,11 @@ class Layer:
         unkept = inner * (not down)
         dropping = inner * down * self.setup.dropout  # what down_proj's adapter reads
         forward = stream * (not self.middle) + entry + unkept + max(inner * 2 * (not product), stream, dropping)
-        # Backward: the gradients of the product and of both factors; what down_proj kept is gone.
+        # Backward: the gradients of the product and of both factors, what down_proj kept is gone; or, before it goes, with dropout
+        # the product's gradient, and that through the adapter before and behind dropout.
         few = min(numbers, GATE_CHUNK.get(self.setup.device, numbers)) * self.e * (not self.setup.by_kernels(numbers))
         both = inner * (product * (not down) + gate + up) + few * product
-        through = (
-            3 * dropping * product
-        )  # the gradient of the product, and that through the adapter before and behind dropout
-        return kept, forward, max(both, through)
+        return kept, forward, max(both, 3 * dropping * product)
 
     def _read(self, names: list[str], tokens: int) -> int:
         """What the adapted ones of some linears keep that read the same input of so many tokens: x once, x·Aᵀ, A and B as they are used."""
