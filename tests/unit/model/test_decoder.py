@@ -6,7 +6,7 @@ from models import hidden, places, some_tokens, tiny
 from torch import Tensor
 
 from lamina.adapter import LoRA, adapted, attach
-from lamina.model.decoder import Decoder
+from lamina.model.decoder import Decoder, Linear
 from lamina.ops.attention import Packed
 from lamina.ops.loss import cross_entropy_sum
 
@@ -131,3 +131,17 @@ def test_only_the_wanted_tokens_are_computed_at_the_end(family: str, checkpointe
     given = tokens, places(LENGTHS), Packed(LENGTHS), checkpointed
     torch.testing.assert_close(model(*given, wanted=wanted), model(*given)[wanted], rtol=0, atol=1e-5)
     assert seen == [5, len(tokens)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("learns", [None, "weight", "bias"])
+def test_a_frozen_linear_is_a_product_of_its_own_and_one_that_learns_is_torchs(learns: str | None, bias: bool) -> None:
+    linear, x = Linear(7, 5, bias=bias).requires_grad_(False), torch.randn(4, 7, requires_grad=True)
+    for name, parameter in linear.named_parameters():
+        parameter.requires_grad_(name == learns)
+    learning = [parameter for parameter in linear.parameters() if parameter.requires_grad]
+    out, expected = linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias)
+    assert ("_FrozenLinear" in str(out.grad_fn)) == (not learning)
+    upstream = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(y, [x, *learning], upstream) for y in (out, expected))
+    assert torch.equal(out, expected) and all(map(torch.equal, found, wanted))
