@@ -7,7 +7,7 @@ is PEFT's language, so that a file written on either side means the same on the 
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
@@ -15,11 +15,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lamina.errors import AdapterError, ConfigError
-from lamina.model.decoder import Decoder, hooked
+from lamina.model.decoder import Decoder
 from lamina.model.quantised import Linear, device_of, form_of, linears_of, replace
 from lamina.ops.dropout import Dropout
-from lamina.ops.lora import Adapted, adapted_linears
-from lamina.ops.products import FEW
+from lamina.ops.lora import Projection, Update, project
 from lamina.section import section
 
 ALL_LINEAR = "all-linear"
@@ -90,37 +89,17 @@ class AdaptedLinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
         self.train(base.training)  # on a model in evaluation mode there is no dropout
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out]
+    def projection(self) -> Projection:
+        """What the linear computes, with a call of dropout of its own; where its strength is 0, the base alone."""
+        frozen = Projection(form_of(self.base), self.base.bias)
         if self.strength == 0.0:
-            out: Tensor = self.base(x)
-            return out
-        dropout = Dropout.drawn(self.dropout) if self.training and self.dropout else None
-        return adapted_linears(x, self.scale * self.strength, self._operands(), dropout=dropout)[0]
-
-    def _operands(self) -> Adapted:
+            return frozen
         a, b = (self.narrow if not torch.is_grad_enabled() else None) or (self.a, self.b)
-        return Adapted(form_of(self.base), self.base.bias, a, b)
+        dropout = Dropout.drawn(self.dropout) if self.training and self.dropout else None
+        return frozen._replace(update=Update(a, b, self.scale * self.strength, dropout))
 
-    @staticmethod
-    def together(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
-        """The outputs of linears that read the same input, as one op where they agree in what it takes for all; without gradients
-        only for few rows.
-
-        A hook wants to see its module's own call, and dropout gives each adapter an input of its own.
-        """
-        adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
-        dropping = any(linear.training and linear.dropout for linear in adapted)
-        scales = {linear.scale * linear.strength for linear in adapted}
-        if (
-            (not torch.is_grad_enabled() and (len(x) >= FEW or x.dtype != torch.bfloat16))
-            or len(adapted) < len(linears)
-            or any(map(hooked, linears))
-            or dropping
-            or len(scales) > 1
-            or 0.0 in scales
-        ):
-            return [linear(x) for linear in linears]
-        return adapted_linears(x, scales.pop(), *(linear._operands() for linear in adapted))
+    def forward(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out]
+        return project(x, self.projection())[0]
 
 
 def attach(model: Decoder, lora: LoRA, seed: int = 0) -> dict[str, AdaptedLinear]:

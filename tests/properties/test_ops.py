@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lamina.ops.attention import Packed, attend_causally
 from lamina.ops.dropout import Dropout
 from lamina.ops.frozen import Dense
-from lamina.ops.lora import adapted_linear, plain
+from lamina.ops.lora import Projection, Update, plain, project
 from lamina.ops.loss import IGNORED, cross_entropy_sum
 
 seeds = st.integers(0, 2**31)
@@ -29,8 +29,9 @@ def test_adapted_projection_has_the_bits_of_the_formula(
 ) -> None:
     torch.manual_seed(seed)
     x, weight, dropout = torch.randn(tokens, inputs), torch.randn(outputs, inputs), Dropout(0.3, seed)
-    given_ = (torch.randn(outputs), torch.randn(rank, inputs), torch.randn(outputs, rank), 1.7)
-    assert torch.equal(adapted_linear(x, Dense(weight), *given_, dropout), plain(x, dropout(x), weight, *given_))
+    bias, a, b = torch.randn(outputs), torch.randn(rank, inputs), torch.randn(outputs, rank)
+    (out,) = project(x, Projection(Dense(weight), bias, Update(a, b, 1.7, dropout)))
+    assert torch.equal(out, plain(x, dropout(x), weight, bias, a, b, 1.7))
 
 
 @fast

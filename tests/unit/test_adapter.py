@@ -11,6 +11,7 @@ from torch import nn
 
 from lamina.adapter import AdaptedLinear, LoRA, adapted, adapter_scale, attach, detach, layers_of, matches
 from lamina.errors import AdapterError, ConfigError
+from lamina.model.decoder import together
 
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
@@ -244,6 +245,6 @@ def test_with_dropout_siblings_read_an_input_each() -> None:
     torch.manual_seed(0)
     each = [linear(x) for linear in linears]
     torch.manual_seed(0)
-    together = AdaptedLinear.together(x, linears)
-    assert all(torch.equal(one, other) for one, other in zip(together, each, strict=True))
+    at_once = together(x, *linears)
+    assert all(torch.equal(one, other) for one, other in zip(at_once, each, strict=True))
     assert not torch.equal(each[0], linears[0].eval()(x)), "nothing was dropped"

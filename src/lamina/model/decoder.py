@@ -16,9 +16,9 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lamina.model.architecture import Architecture, Rope
-from lamina.ops.frozen import Dense, frozen_linear
+from lamina.ops.frozen import Dense
+from lamina.ops.lora import Projection, project
 from lamina.ops.norm import rms_norm
-from lamina.ops.products import Sum, several
 from lamina.ops.rotary import rotate
 from lamina.ops.shapes import Float, Int
 from lamina.ops.swiglu import swiglu
@@ -47,30 +47,29 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x·Wᵀ + b by the products of adapted linears, of which it may be a neighbour, where W is frozen."""
+    """x·Wᵀ + b, by the products of adapted linears, of which it may be a neighbour, where W is frozen."""
+
+    def projection(self) -> Projection | None:
+        """What the linear computes, for an op that takes several; none where W learns."""
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        return None if learns else Projection(Dense(self.weight), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out]
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            return super().forward(x)
-        return frozen_linear(x, Dense(self.weight), self.bias)
-
-    @staticmethod
-    def together(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
-        """The outputs of linears that read the same input: without gradients, products that are computed together."""
-        if torch.is_grad_enabled() or any(type(linear) is not Linear or hooked(linear) for linear in linears):
-            return [linear(x) for linear in linears]
-        return several([Sum(((x, linear.weight.t()),), bias=linear.bias) for linear in linears])  # type: ignore[operator, arg-type]
-
-
-def hooked(linear: nn.Module) -> bool:
-    """Whether somebody wants to see the module's own call."""
-    return bool(linear._forward_hooks or linear._forward_pre_hooks)
+        projection = self.projection()
+        return super().forward(x) if projection is None else project(x, projection)[0]
 
 
 def together(x: Float[Tensor, "N D"], *linears: nn.Module) -> Sequence[Tensor]:
-    """The outputs of linears that read the same input; a leaf that was put in a linear's place may know how to make them at once."""
-    at_once = getattr(linears[0], "together", None)
-    return [linear(x) for linear in linears] if at_once is None else at_once(x, linears)
+    """The outputs of linears that read the same input, as one op where each says what it computes.
+
+    A leaf that was put in a linear's place says so by a method ``projection``. A hook wants to see its module's own call.
+    """
+    asked = [getattr(linear, "projection", None) for linear in linears]
+    if all(asked) and not any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+        projections = [ask() for ask in asked if ask]
+        if all(projections):
+            return project(x, *projections)
+    return [linear(x) for linear in linears]
 
 
 class Attention(nn.Module):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lamina.model.decoder import Decoder
 from lamina.ops.fourbit import FourBit, four_bit_bytes
 from lamina.ops.fp8 import Fp8, fp8_bytes
-from lamina.ops.frozen import Dense, Frozen, Quantised, Scratch, SharedBuffer, frozen_linear
+from lamina.ops.frozen import Dense, Frozen, Quantised, Scratch, SharedBuffer
 from lamina.ops.int8 import Int8, int8_bytes
+from lamina.ops.lora import Projection, project
 
 Base = Literal["nf4", "fp4", "int8", "fp8"]
 """The forms of a frozen weight beside the plain ones."""
@@ -26,8 +27,12 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         self.form, self.out_features, self.in_features, self.bias = form, outputs, inputs, bias
 
+    def projection(self) -> Projection:
+        """What the linear computes, for an op that takes several."""
+        return Projection(self.form, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out]
-        return frozen_linear(x, self.form, self.bias)
+        return project(x, self.projection())[0]
 
 
 Linear = nn.Linear | QuantisedLinear

@@ -119,23 +119,3 @@ class SharedBuffer:
         if self._buffer.numel() < size or self._buffer.device != device:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         return self._buffer[:size].view(dtype)
-
-
-def frozen_linear(
-    x: Float[Tensor, "N inputs"], weight: Frozen, bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "N out"]:
-    """Computes x·Wᵀ + b; the gradient goes to x only."""
-    if not torch.is_grad_enabled():
-        return weight.multiply(x, bias)
-    return _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
-
-
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Frozen, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return weight.multiply(x, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.weight.multiply_back(grad), None, None

@@ -1,13 +1,14 @@
-"""The adapted projection y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (Hu et al. 2021, arXiv:2106.09685), plain and as one autograd op.
+"""Projections y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ of a frozen W (Hu et al. 2021, arXiv:2106.09685), plain and as one autograd op.
 
 W is frozen, so a step needs no gradient of W, only the one through it; it may be stored in any form of ``frozen``. Autograd's
 own graph for the formula keeps the projection and the scaled product, and adds two gradients of x in a pass of their own; the
-op keeps x and s·x·Aᵀ, and sums where a GEMM can. Projections of the same input, such as q, k and v, are one op, and the gradient
-of x is one sum. What dropout takes from the adapter's input is drawn again for the backward pass and not kept. ``plain`` is the
-reference that the op is tested against.
+op keeps x and s·x·Aᵀ, and sums where a GEMM can. Projections of the same input, such as q, k and v, are one op, whether all of
+them are adapted or some, and the gradient of x is one sum. What dropout takes from an adapter's input is drawn again for the
+backward pass and not kept. ``plain`` is the reference that the op is tested against.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from lamina.ops.dropout import Dropout
 from lamina.ops.frozen import Dense, Frozen, multiply_back, prepared
-from lamina.ops.products import Sum, product, several
+from lamina.ops.products import Product, Sum, product, several
 from lamina.ops.shapes import Float
 
 
@@ -38,76 +39,85 @@ def plain(
     return F.linear(x, weight, bias) + F.linear(F.linear(dropped, a), b) * scale
 
 
-class Adapted(NamedTuple):
-    """A frozen projection and its adapter: W [out, D] in any form, b [out], A [R, D], B [out, R].
+class Update(NamedTuple):
+    """What an adapter adds, s·B·A: A [R, D] and B [out, R], and the dropout through which it reads x, if any.
 
     A and B may be wider than x (fp32 masters of a bf16 model): they are used in x's dtype.
     """
 
-    weight: Frozen
-    bias: Tensor | None
     a: Tensor
     b: Tensor
+    scale: float
+    dropout: Dropout | None = None
 
 
-def adapted_linear(
-    x: Float[Tensor, "N D"],
-    weight: Frozen,
-    bias: Float[Tensor, " out"] | None,
-    a: Float[Tensor, "R D"],
-    b: Float[Tensor, "out R"],
-    scale: float,
-    dropout: Dropout | None = None,
-) -> Float[Tensor, "N out"]:
-    """Computes ``plain`` as one op; the same bits in fp32, fewer roundings and less traffic in bf16."""
-    return adapted_linears(x, scale, Adapted(weight, bias, a, b), dropout=dropout)[0]
+class Projection(NamedTuple):
+    """A frozen projection, W [out, D] in any form and b [out], and the update beside it, where it is adapted."""
+
+    weight: Frozen
+    bias: Tensor | None
+    update: Update | None = None
 
 
-def adapted_linears(
-    x: Float[Tensor, "N D"], scale: float, *linears: Adapted, dropout: Dropout | None = None
-) -> tuple[Float[Tensor, "N _"], ...]:
-    """Computes ``adapted_linear`` for several projections of the same input, as one op.
-
-    Args:
-        scale: s of all of them.
-        dropout: what all the adapters read x through; by default nothing is dropped.
-    """
+def project(x: Float[Tensor, "N D"], *projections: Projection) -> tuple[Float[Tensor, "N _"], ...]:
+    """Computes projections of the same input as one op: in fp32 the bits of ``plain``, in bf16 fewer roundings and less traffic."""
     if not torch.is_grad_enabled():
-        return _without_graph(x, dropout, scale, linears)
-    masters = [master for linear in linears for master in (linear.a, linear.b)]
-    return _AdaptedLinear.apply(x, dropout, scale, linears, *masters)  # type: ignore[no-untyped-call, no-any-return]
+        return _without_graph(x, projections)
+    masters = [master for _, _, update in projections if update for master in (update.a, update.b)]
+    return _Project.apply(x, projections, *masters)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _without_graph(x: Tensor, dropout: Dropout | None, scale: float, linears: Sequence[Adapted]) -> tuple[Tensor, ...]:
+def _without_graph(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """The projections; over dense weights in half precision all products together, as a token in generation wants it."""
-    if x.dtype == torch.float32 or not all(isinstance(linear.weight, Dense) for linear in linears):
-        return _products(x, dropout, scale, linears)[0]
-    first, sums, dropped = [], [], _through(dropout, x)
-    for weight, bias, a, b in linears:
-        inner = x.new_empty(len(x), len(a))
-        first.append(Sum(((dropped, a.to(x.dtype).t()),), scale, out=inner))
-        sums.append(Sum(((x, weight.dense().t()), (inner, b.to(x.dtype).t())), bias=bias))
+    if x.dtype == torch.float32 or not all(isinstance(weight, Dense) for weight, _, _ in projections):
+        return _products(x, projections)[0]
+    first, sums = [], []
+    for weight, bias, update in projections:
+        products = [(x, weight.dense().t())]
+        if update:
+            inner = x.new_empty(len(x), len(update.a))
+            first.append(Sum(((_through(update.dropout, x), update.a.to(x.dtype).t()),), update.scale, out=inner))
+            products.append((inner, update.b.to(x.dtype).t()))
+        sums.append(Sum(tuple(products), bias=bias))
     return tuple(several(sums, first))
 
 
-def _products(
-    x: Tensor, dropout: Dropout | None, scale: float, linears: Sequence[Adapted]
-) -> tuple[tuple[Tensor, ...], Tensor, list[Tensor]]:
-    """The projections [N, out], the adapters' inner products s·x·Aᵀ [N, ΣR], all A [ΣR, D] and each B in x's dtype."""
-    all_a, each_b = _stacked([linear.a for linear in linears], x.dtype), [linear.b.to(x.dtype) for linear in linears]
-    narrow, outs, dropped = x.new_empty(len(x), len(all_a)), [], _through(dropout, x)
-    parts = zip(linears, _split(all_a, linears, 0), each_b, _split(narrow, linears), strict=True)
-    if x.dtype == torch.float32:  # each product and sum is rounded by itself, as PEFT does
-        for linear, a, b, inner in parts:
-            product((dropped, a.t()), out=inner)
-            outs.append(linear.weight.multiply(x, linear.bias).add_(F.linear(inner, b).mul_(scale)))
-        narrow.mul_(scale)
-    else:
-        product((dropped, all_a.t()), scale=scale, out=narrow)
-        del dropped
-        given = prepared(x, [linear.weight for linear in linears])
-        outs = [linear.weight.multiply(given, linear.bias, (inner, b.t())) for linear, _, b, inner in parts]
-    return tuple(outs), narrow, [all_a, *each_b]
+Reading = Sequence[Update]
+"""Updates that read the same input at the same scale, so that their s·x·Aᵀ are one product."""
+
+
+def _readings(x: Tensor, projections: Sequence[Projection]) -> list[Reading]:
+    """The updates, in their order; in fp32 each by itself, as PEFT computes it."""
+    updates = [(update, index) for index, (_, _, update) in enumerate(projections) if update]
+    alone = x.dtype == torch.float32
+    groups = groupby(updates, lambda one: one[1] if alone else (one[0].scale, one[0].dropout))
+    return [[update for update, _ in group] for _, group in groups]
+
+
+def _products(x: Tensor, projections: Sequence[Projection]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """The projections [N, out]; and of each reading s·x·Aᵀ [N, ΣR], then all its A [ΣR, D], then each B, in x's dtype."""
+    exact = x.dtype == torch.float32  # each product and sum is rounded by itself, as PEFT does
+    readings = _readings(x, projections)
+    all_a = [_stacked([update.a for update in reading], x.dtype) for reading in readings]
+    narrow = [
+        product((_through(reading[0].dropout, x), a.t()), scale=1.0 if exact else reading[0].scale)
+        for reading, a in zip(readings, all_a, strict=True)
+    ]
+    inners = (inner for part, reading in zip(narrow, readings, strict=True) for inner in _split(part, reading))
+    each_b = [update.b.to(x.dtype) for reading in readings for update in reading]
+    beside = zip(inners, each_b, strict=True)
+    taken, outs = prepared(x, [weight for weight, _, _ in projections]), []
+    for weight, bias, update in projections:
+        if update is None:
+            outs.append(weight.multiply(taken, bias))
+            continue
+        inner, b = next(beside)
+        if exact:
+            outs.append(weight.multiply(taken, bias).add_(F.linear(inner, b).mul_(update.scale)))
+            inner.mul_(update.scale)
+        else:
+            outs.append(weight.multiply(taken, bias, (inner, b.t())))
+    return tuple(outs), [*narrow, *all_a, *each_b]
 
 
 def _through(dropout: Dropout | None, x: Tensor) -> Tensor:
@@ -124,37 +134,49 @@ def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return stacked
 
 
-def _split(narrow: Tensor, linears: Sequence[Adapted], dim: int = 1) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = narrow.split([len(linear.a) for linear in linears], dim)
+def _split(of_all: Tensor, reading: Reading, dim: int = 1) -> tuple[Tensor, ...]:
+    """The part of each update."""
+    parts: tuple[Tensor, ...] = of_all.split([len(update.a) for update in reading], dim)
     return parts
 
 
-class _AdaptedLinear(torch.autograd.Function):
+class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dropout: Dropout | None, scale: float, linears: Sequence[Adapted], *masters: Tensor
-    ) -> tuple[Tensor, ...]:
-        outs, narrow, factors = _products(x, dropout, scale, linears)
-        ctx.save_for_backward(x, narrow, *factors)
-        ctx.linears, ctx.scale, ctx.dropout = linears, scale, dropout  # W is frozen: no version of it to watch
+    def forward(ctx: Any, x: Tensor, projections: Sequence[Projection], *masters: Tensor) -> tuple[Tensor, ...]:
+        outs, factors = _products(x, projections)
+        if factors:  # of frozen projections nothing is kept, not even x
+            ctx.save_for_backward(x, *factors)
+        ctx.projections = projections  # W is frozen: no version of it to watch
+        if not ctx.needs_input_grad[0]:
+            frozen = zip(outs, projections, strict=True)
+            ctx.mark_non_differentiable(*(out for out, (_, _, update) in frozen if not update))
         return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, narrow, all_a, *each_b = ctx.saved_tensors
-        master = ctx.linears[0].a.dtype
-        narrow_grad = torch.empty_like(narrow)
-        inner_grads = _split(narrow_grad, ctx.linears)
-        for grad, b, inner_grad in zip(grads, each_b, inner_grads, strict=True):
-            product((grad, b), scale=ctx.scale, out=inner_grad)
-        a_grads = _split(product((narrow_grad.t(), _through(ctx.dropout, x)), dtype=master), ctx.linears, 0)
-        inners = zip(grads, _split(narrow, ctx.linears), strict=True)
-        b_grads = [product((grad.t(), inner), dtype=master) for grad, inner in inners]
-        x_grad, to_input = None, (narrow_grad, all_a)
-        if ctx.needs_input_grad[0]:
-            weights = [linear.weight for linear in ctx.linears]
-            x_grad = multiply_back(weights, grads, *([] if ctx.dropout else [to_input]))
-            if ctx.dropout:
-                x_grad.add_(ctx.dropout(product(to_input)))
-        of_masters = (grad for both in zip(a_grads, b_grads, strict=True) for grad in both)
-        return x_grad, None, None, None, *of_masters
+        projections: Sequence[Projection] = ctx.projections
+        of_adapted = iter([grad for grad, (_, _, update) in zip(grads, projections, strict=True) if update])
+        masters: list[Tensor] = []
+        to_input: list[tuple[Dropout | None, Product]] = []
+        if saved := ctx.saved_tensors:  # named, as a checkpointed layer gives them once
+            x, *factors = saved
+            readings = _readings(x, projections)
+            count, each_b = len(readings), iter(factors[2 * len(readings) :])
+            for reading, narrow, a in zip(readings, factors, factors[count:], strict=False):
+                scale, dropout, master = reading[0].scale, reading[0].dropout, reading[0].a.dtype
+                mine = [next(of_adapted) for _ in reading]
+                narrow_grad = torch.empty_like(narrow)
+                for grad, inner_grad in zip(mine, _split(narrow_grad, reading), strict=True):
+                    product((grad, next(each_b)), scale=scale, out=inner_grad)
+                a_grads = _split(product((narrow_grad.t(), _through(dropout, x)), dtype=master), reading, 0)
+                for grad, inner, a_grad in zip(mine, _split(narrow, reading), a_grads, strict=True):
+                    masters += a_grad, product((grad.t(), inner), dtype=master)
+                to_input.append((dropout, (narrow_grad, a)))
+        if not ctx.needs_input_grad[0]:
+            return None, None, *masters
+        whole = [through for dropout, through in to_input if dropout is None]
+        x_grad = multiply_back([weight for weight, _, _ in projections], grads, *whole)
+        for dropout, through in to_input:
+            if dropout:
+                x_grad.add_(dropout(product(through)))
+        return x_grad, None, *masters

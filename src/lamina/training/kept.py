@@ -169,20 +169,24 @@ class Layer:
         return self.attention + self.norm + self.mlp
 
     def siblings(self, names: list[str], tokens: int, needs: bool) -> tuple[int, int]:
-        """When projections of the same input of so many tokens go back as one op: what they keep, and what they need beside, which is
-        the gradients of their outputs, of x·Aᵀ and of the input; zeros, where each goes back by itself."""
-        if self.setup.dropout or not self.ranks.keys() >= set(names):
+        """When projections of the same input of so many tokens go back, as one op: what they keep, and what they need beside, which is
+        the gradients of their outputs, of x·Aᵀ and of the input; zeros, where none of them has a gradient."""
+        ranks = {name: self.ranks[name] for name in names if name in self.ranks}
+        if not (ranks or needs):
             return 0, 0
-        width, outputs = self.shapes[names[0]][1], [self.shapes[name][0] for name in names]
-        ranks = [self.ranks[name] for name in names]
-        working = [self.setup.product(sum(ranks), width, tokens, turned=True)]
-        working += [
-            self.setup.product(out, rank, tokens, turned=True) for out, rank in zip(outputs, ranks, strict=True)
-        ]
+        width, inner = self.shapes[names[0]][1], sum(ranks.values())
+        outputs = sum(self.shapes[name][0] for name in names)
+        # With dropout each reads for itself, and so it is in fp32.
+        rows = list(ranks.values()) if self.setup.dropout or self.e == FLOAT else [inner] * bool(ranks)
+        working = [self.setup.product(rank, width, tokens, turned=True) for rank in rows]
+        working += [self.setup.product(self.shapes[name][0], rank, tokens, turned=True) for name, rank in ranks.items()]
         if needs:
-            working.append(self.setup.product(tokens, width, sum(outputs) + sum(ranks)))
-        again = self.setup.base is not None  # one weight's gradient of the input is added to the others'
-        gradients = tokens * (sum(outputs) + sum(ranks) + width * needs * (1 + again)) * self.e
+            working.append(self.setup.product(tokens, width, outputs + inner))
+        # One stored weight's gradient of the input is added to the others'; an adapter's, before and behind dropout, to them all;
+        # and what the adapter reads through dropout is there before them.
+        dropping = bool(ranks and self.setup.dropout)
+        widths = needs * (1 + max(self.setup.base is not None, 2 * dropping)) or dropping
+        gradients = tokens * (outputs + inner + width * widths) * self.e
         return self._read(names, tokens), gradients + max(working)
 
     def products(self) -> tuple[int, int]:
@@ -258,8 +262,6 @@ class Layer:
         own = 0 if self.e == FLOAT else self.e  # in fp32 the masters themselves are used
         kept = sum(tokens * rank * self.e + self._trainable(name) * own for name, rank in ranks.items())
         x = tokens * self.shapes[names[0]][1]
-        if self.e == FLOAT and 1 < len(names) == len(ranks) and not self.setup.dropout:
-            kept += FLOAT * sum(ranks.values()) * self.shapes[names[0]][1]  # all A, one below the other
         return kept + x * self.e
 
     def _trainable(self, name: str) -> int:

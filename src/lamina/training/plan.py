@@ -246,7 +246,7 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
     if layer.leaving:
         upon = stream * layer.middle + entry * again  # the gradient that goes past the MLP
         yield "MLP backward", FLOAT * layer.down_trainable, layer.kept + upon, max(layer.backward, inner + backward)
-        if (siblings := layer.siblings(GATE_UP, after, layer.middle))[0]:
+        if (siblings := layer.siblings(GATE_UP, after, layer.middle))[1]:
             kept = layer.attention + layer.norm + siblings[0]
             yield "gate and up, backward", FLOAT * layer.mlp_trainable, kept + upon, siblings[1]
         upon = stream + entry * again
@@ -255,6 +255,6 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
         yield "attention backward", FLOAT * layer.mlp_trainable, layer.attention - layer.output + upon, layer.mixing
         kept, norm = layer.qk_norms
         yield "query and key norm backward", FLOAT * layer.trainable, kept + upon, norm
-        if (siblings := layer.siblings(QKV, n, layer.entering))[0]:
+        if (siblings := layer.siblings(QKV, n, layer.entering))[1]:
             kept = siblings[0] + norm_kept(setup, n, a.width) * layer.entering
             yield "q, k and v, backward", FLOAT * layer.trainable, kept + upon, siblings[1]

@@ -12,7 +12,7 @@ from lamina.ops.fourbit import FourBit
 from lamina.ops.fp8 import Fp8
 from lamina.ops.frozen import Dense, Frozen, SharedBuffer, multiply_back
 from lamina.ops.int8 import Int8
-from lamina.ops.lora import Adapted, adapted_linear, adapted_linears, plain
+from lamina.ops.lora import Projection, Update, plain, project
 
 DROPOUT = Dropout(0.5, seed=3)
 SCALE = 1.7  # no power of two, so that a scale in the wrong place would show in the bits
@@ -25,6 +25,13 @@ def operands(dtype: torch.dtype, tokens: int = 5, inputs: int = 7, outputs: int 
     shapes = ((outputs, inputs), (outputs,), (rank, inputs), (outputs, rank))
     rest = [torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5 for shape in shapes]
     return [tensor.to(dtype) for tensor in (x, *rest)]
+
+
+def adapted_linear(
+    x: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: Dropout | None = None
+) -> Tensor:
+    """One projection by itself."""
+    return project(x, Projection(weight, bias, Update(a, b, scale, dropout)))[0]
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -124,39 +131,95 @@ def test_b_zero_is_the_base_and_only_b_learns() -> None:
     assert b.grad is not None and b.grad.all()
 
 
-def siblings(dtype: torch.dtype, tokens: int = 5) -> tuple[Tensor, list[Adapted]]:
-    """x, and three projections of it, of different outputs and ranks, one without a bias."""
+def siblings(dtype: torch.dtype, kind: str = "adapted", tokens: int = 5) -> tuple[Tensor, list[Projection]]:
+    """x, and three projections of it, of different outputs and ranks, one without a bias, whose A and B learn.
+
+    ``some``: the one in the middle has no update; ``dropped``: each reads x through a dropout of its own, but for the last;
+    ``scaled``: the first is scaled otherwise.
+    """
     x, weight, _, a, b = operands(dtype, tokens, inputs=8)
     others = [operands(dtype, tokens, inputs=8, outputs=outputs, rank=rank)[1:] for outputs, rank in ((4, 2), (10, 1))]
     parts = [(weight, None, a, b), *((w + 1, bias, a + 1, b) for w, bias, a, b in others)]
-    return x, [Adapted(Dense(weight), bias, a, b) for weight, bias, a, b in parts]
+    found = []
+    for index, (weight, bias, a, b) in enumerate(parts):
+        scale = SCALE / 2 if kind == "scaled" and index == 0 else SCALE
+        dropout = Dropout(0.5, index) if kind == "dropped" and index < 2 else None
+        update = Update(a.requires_grad_(), b.requires_grad_(), scale, dropout)
+        found.append(Projection(Dense(weight), bias, None if kind == "some" and index == 1 else update))
+    return x, found
+
+
+KINDS = ["adapted", "some", "dropped", "scaled"]
 
 
 @pytest.mark.parametrize("x_learns", [False, True])
-def test_gradients_of_siblings(x_learns: bool) -> None:
-    x, linears = siblings(torch.float64)
-    factors = [factor.requires_grad_() for linear in linears for factor in (linear.a, linear.b)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_siblings(kind: str, x_learns: bool) -> None:
+    x, projections = siblings(torch.float64, kind)
+    updates = [projection.update for projection in projections if projection.update]
 
     def op(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        given = zip(linears, factors[::2], factors[1::2], strict=True)
-        return adapted_linears(x, SCALE, *(linear._replace(a=a, b=b) for linear, a, b in given))
+        given = iter(zip(factors[::2], factors[1::2], strict=True))
+        renewed = (
+            one._replace(update=one.update._replace(**dict(zip("ab", next(given), strict=True)))) if one.update else one
+            for one in projections
+        )
+        return tuple(out for out in project(x, *renewed) if out.requires_grad)
 
+    factors = [factor for update in updates for factor in (update.a, update.b)]
     assert torch.autograd.gradcheck(op, (x.requires_grad_(x_learns), *factors))
 
 
-def test_siblings_are_what_each_is_by_itself() -> None:
-    x, linears = siblings(torch.float32, tokens=70)
-    together = adapted_linears(x, SCALE, *linears)
-    for out, linear in zip(together, linears, strict=True):
-        assert torch.equal(out, adapted_linear(x, linear.weight, linear.bias, linear.a, linear.b, SCALE))
+@pytest.mark.parametrize("kind", KINDS)
+def test_siblings_are_what_each_is_by_itself(kind: str) -> None:
+    x, projections = siblings(torch.float32, kind, tokens=70)
+    for out, one in zip(project(x, *projections), projections, strict=True):
+        assert torch.equal(out, project(x, one)[0])
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            x, projections = siblings(dtype, kind, tokens=70)
+            for out, one in zip(project(x, *projections), projections, strict=True):
+                assert torch.equal(out, project(x, one)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_siblings_in_bf16_pass_on_what_each_does_by_itself(kind: str) -> None:
+    """A sum that is rounded once is nearer to the truth than one of gradients that each were rounded."""
+    found = {}
+    for dtype, whole in ((torch.float64, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        x, projections = siblings(torch.bfloat16, kind, tokens=70)
+        x = x.to(dtype).requires_grad_()
+        given = [
+            one._replace(weight=Dense(one.weight.dense().to(dtype)), bias=_to(one.bias, dtype)) for one in projections
+        ]
+        outs = project(x, *given) if whole else [project(x, one)[0] for one in given]
+        torch.manual_seed(1)
+        grads = [torch.randn(out.shape).bfloat16().to(dtype) for out in outs]
+        masters = [master for one in projections if one.update for master in one.update[:2]]
+        found[dtype, whole] = torch.autograd.grad(list(outs), [x, *masters], grads)
+    truth = found[torch.float64, True]
+    for exact, ours, apart in zip(truth, found[torch.bfloat16, True], found[torch.bfloat16, False], strict=True):
+        assert error(ours, exact) <= 1.2 * error(apart, exact)
+
+
+def _to(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
 
 
 def test_an_output_that_nobody_uses_has_no_part_in_the_gradients() -> None:
-    x, linears = siblings(torch.float32)
-    for linear in linears:
-        linear.a.requires_grad_(), linear.b.requires_grad_()
-    adapted_linears(x, SCALE, *linears)[1].sum().backward()
-    assert [bool(linear.a.grad is not None and linear.a.grad.any()) for linear in linears] == [False, True, False]
+    x, projections = siblings(torch.float32)
+    project(x, *projections)[1].sum().backward()
+    learnt = [one.update.a.grad for one in projections if one.update]
+    assert [bool(grad is not None and grad.any()) for grad in learnt] == [False, True, False]
+
+
+def test_frozen_siblings_keep_nothing_and_below_the_lowest_adapter_nobody_asks_for_their_gradient() -> None:
+    x, projections = siblings(torch.float32, "some")
+    frozen, kept = projections[1], []
+    assert [out.requires_grad for out in project(x, *projections)] == [True, False, True]
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        assert [out.requires_grad for out in project(x.requires_grad_(), frozen, frozen)] == [True, True]
+    assert not kept
 
 
 def of_every_form(rows: int, inputs: int) -> list[Frozen]:

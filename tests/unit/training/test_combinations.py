@@ -90,8 +90,8 @@ def test_the_choices_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(inputs[p, 0]) for p in CHOICES["portion"]] == [8, pytest.approx(3, abs=1), 1]
     assert all(sum(inputs[p, 0]) < sum(inputs[p, 1]) for p in CHOICES["portion"])
     ops: list[int] = []
-    counted = lora._AdaptedLinear.apply
-    monkeypatch.setattr(lora._AdaptedLinear, "apply", lambda x, *given: ops.append(len(x)) or counted(x, *given))
+    counted = lora._Project.apply
+    monkeypatch.setattr(lora._Project, "apply", lambda x, *given: ops.append(len(x)) or counted(x, *given))
     found = {}
     for whole, apart in itertools.product((True, False), (True, False)):
         step(**GRID[-1] | {"whole": whole, "apart": apart, "checkpoint_layers": 0})
