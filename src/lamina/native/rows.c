@@ -1,6 +1,6 @@
 /* The passes of a layer that are no products, each over its tensors once, in fp32, and rounded to bfloat16 at the end.
 
-   Formulas and reasons are beside the plain forms: ops/norm.py, ops/swiglu.py, ops/rotary.py. Every width is a multiple of 16. */
+   Formulas and reasons are beside the plain forms: ops/norm.py, ops/swiglu.py, ops/rotary.py, ops/dropout.py. Every width is a multiple of 16. */
 #include "vector.h"
 
 #define SMALL 16384 /* numbers that are not worth waking a thread for */
@@ -70,6 +70,43 @@ void rotate(const bf16 *x, const bf16 *cosines, const bf16 *sines, bf16 *out, lo
                 narrow(out + at + i, low * cosine - high * sine);
                 narrow(out + at + half + i, high * cosine + low * sine);
             }
+}
+
+/* Random words: xoshiro128++ (Blackman & Vigna 2021, doi:10.1145/3460772), sixteen streams beside each other. */
+typedef struct { words a, b, c, d; } streams;
+
+INLINE words turned(words x, int by) { return x << by | x >> (32 - by); }
+
+/* The end of MurmurHash3: near words become far ones. */
+INLINE words mixed(words x) {
+    x = (x ^ x >> 16) * 0x85ebca6b, x = (x ^ x >> 13) * 0xc2b2ae35;
+    return x ^ x >> 16;
+}
+
+INLINE words random_words(streams *s) {
+    words result = turned(s->a + s->d, 7) + s->a, b = s->b << 9;
+    s->c ^= s->a, s->d ^= s->b, s->b ^= s->c, s->a ^= s->d, s->c ^= b, s->d = turned(s->d, 11);
+    return result;
+}
+
+/* out, or with `onto` what is added to it, = x·raise where a random word is at least `limit`, and 0 elsewhere. Which words these are
+   depends on seed and place alone: every 4096 numbers have streams of their own. The count is a multiple of 16. */
+#define STREAM 4096
+void dropout(const bf16 *x, bf16 *out, long count, long seed, long limit, float raise, long onto, int threads) {
+#pragma omp parallel for num_threads(threads) if (count > SMALL)
+    for (long from = 0; from < count; from += STREAM) {
+        words start[4], numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int k = 0; k < 4; k++) {
+            words place = numbers + (pair)(from / STREAM * 4 * LANES + k * LANES);
+            start[k] = mixed(mixed(mixed(place) ^ (pair)seed) ^ (pair)(seed >> 32));
+        }
+        streams s = {start[0], start[1], start[2], start[3]};
+        for (long i = from; i < from + STREAM && i < count; i += LANES) {
+            integers kept = (integers)(random_words(&s) >= all_words(limit));
+            floats raised = chosen(kept, widen(x + i) * raise, all(0));
+            narrow(out + i, onto ? widen(out + i) + raised : raised);
+        }
+    }
 }
 
 /* The first `count` of sixteen numbers, and -∞ for the others. */

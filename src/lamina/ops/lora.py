@@ -178,5 +178,5 @@ class _Project(torch.autograd.Function):
         x_grad = multiply_back([weight for weight, _, _ in projections], grads, *whole)
         for dropout, through in to_input:
             if dropout:
-                x_grad.add_(dropout(product(through)))
+                dropout(product(through), onto=x_grad)
         return x_grad, None, *masters

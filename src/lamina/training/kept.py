@@ -182,12 +182,16 @@ class Layer:
         working += [self.setup.product(self.shapes[name][0], rank, tokens, turned=True) for name, rank in ranks.items()]
         if needs:
             working.append(self.setup.product(tokens, width, outputs + inner))
-        # One stored weight's gradient of the input is added to the others'; an adapter's, before and behind dropout, to them all;
-        # and what the adapter reads through dropout is there before them.
-        dropping = bool(ranks and self.setup.dropout)
-        widths = needs * (1 + max(self.setup.base is not None, 2 * dropping)) or dropping
+        # One stored weight's gradient of the input is added to the others', and an adapter's that goes through dropout to them all;
+        # what the adapter reads through dropout is there before them.
+        dropping = bool(ranks) * self._dropping(tokens * width)
+        widths = needs * (1 + max(self.setup.base is not None, dropping)) or min(dropping, 1)
         gradients = tokens * (outputs + inner + width * widths) * self.e
         return self._read(names, tokens), gradients + max(working)
+
+    def _dropping(self, numbers: int) -> int:
+        """How many tensors of these numbers there are while a gradient goes back through dropout: it, and what torch makes of it."""
+        return self.setup.dropout * (1 if self.setup.by_kernels(numbers) and self.setup.device == "cpu" else 2)
 
     def products(self) -> tuple[int, int]:
         """What any product of the MLP takes for its own use, forward and backward."""
@@ -249,10 +253,11 @@ class Layer:
         dropping = inner * down * self.setup.dropout  # what down_proj's adapter reads
         forward = stream * (not self.middle) + entry + unkept + max(inner * 2 * (not product), stream, dropping)
         # Backward: the gradients of the product and of both factors, what down_proj kept is gone; or, before it goes, with dropout
-        # the product's gradient, and that through the adapter before and behind dropout.
+        # the product's gradient and that through the adapter.
         few = min(numbers, GATE_CHUNK.get(self.setup.device, numbers)) * self.e * (not self.setup.by_kernels(numbers))
         both = inner * (product * (not down) + gate + up) + few * product
-        return kept, forward, max(both, 3 * dropping * product)
+        through = inner * down * (1 + self._dropping(numbers)) * self.setup.dropout * product
+        return kept, forward, max(both, through)
 
     def _read(self, names: list[str], tokens: int) -> int:
         """What the adapted ones of some linears keep that read the same input of so many tokens: x once, x·Aᵀ, A and B as they are used."""
