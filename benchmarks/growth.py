@@ -1,6 +1,6 @@
-"""How cost grows: speed and memory against length of the rows, rank, adapted layers and size of the model.
+"""How cost grows: speed and memory against length of the rows, rank, adapted layers, dropout and size of the model.
 
-One of the four is varied at a time. A step has 2,048 tokens in rows of equal length (one row where it is longer), all targets, so that
+One of them is varied at a time. A step has 2,048 tokens in rows of equal length (one row where it is longer), all targets, so that
 nobody pads. At each point Lamina, the plain PEFT loop and the bare matrix products take turns; the rows of a point are written as soon
 as it is measured, and a run that was cut off goes on with ``--resume``. Points on which others took more than a tenth of the processors
 are told and not written.
@@ -47,6 +47,7 @@ def points(model: str, slow: bool) -> list[Point]:
         *(Point("length", length, usual, length) for length in lengths),
         *(Point("rank", rank, replace(usual, rank=rank)) for rank in ranks),
         *(Point("layers", top, replace(usual, adapted=f"{usual.layers - top}-{usual.layers - 1}")) for top in layers),
+        *(Point("dropout", percent, replace(usual, dropout=percent / 100)) for percent in (0, 5, 10)),
         *(Point("parameters", workload.MODELS[name].parameters, workload.MODELS[name]) for name in models),
     ]
 
@@ -74,7 +75,7 @@ def measure(point: Point, run: str, rounds: int) -> dict[Arm, list[dict[str, Any
 def rows_of(point: Point, reports: dict[Arm, list[dict[str, Any]]], fixed: dict[str, str]) -> list[dict[str, Any]]:
     """A row for each arm, the median of its rounds."""
     shape, made = point.shape, []
-    adapted = shape.layers if shape.adapted == "all" else point.value
+    adapted = point.value if point.axis == "layers" else shape.layers
     for arm, own in reports.items():
         loud = statistics.median(map(results.noise, own))
         made.append(
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="on the 134 M model: an hour or two")
     parser.add_argument("--slow", action="store_true", help="the 1.1 B model too")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries the benchmark itself, writes nothing")
-    parser.add_argument("--axis", choices=("length", "rank", "layers", "parameters"), help="only this one")
+    parser.add_argument("--axis", choices=("length", "rank", "layers", "dropout", "parameters"), help="only this one")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was cut off")
     options = parser.parse_args()
     model = "tiny" if options.tiny else "134m" if options.full else "15m"

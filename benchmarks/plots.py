@@ -16,6 +16,7 @@ NAMES = {
     "length": "tokens of a row",
     "rank": "rank",
     "layers": "adapted layers, from the top",
+    "dropout": "dropout, per cent",
     "parameters": "parameters",
 }
 
@@ -57,7 +58,8 @@ def growth(rows: list[Row], axis: str, path: Path) -> None:
         if arm != "bare-gemms":
             right.plot(at, [float(row["peak_gib"]) for row in own], **style)
     for part, name in ((left, "real tokens per second"), (right, "peak memory, GiB")):
-        part.set_xscale("log", base=10 if axis == "parameters" else 2)
+        if axis != "dropout":
+            part.set_xscale("log", base=10 if axis == "parameters" else 2)
         part.set_xlabel(NAMES[axis])
         part.set_title(name, fontsize=9, loc="left")
         if axis == "parameters":

@@ -14,7 +14,7 @@ LARGE = 2**31
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's sizes, and the adapter's rank and layers. ``kv_heads`` 0: as many as heads."""
+    """A Llama's sizes, and the adapter's rank, layers and dropout. ``kv_heads`` 0: as many as heads."""
 
     width: int = 768
     layers: int = 12
@@ -25,6 +25,7 @@ class Shape:
     kv_heads: int = 0
     theta: float = 10_000.0
     adapted: str = "all"
+    dropout: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -81,9 +82,11 @@ class Files:
 def prepare(build: Path, shape: Shape) -> Files:
     """Writes the workload under ``build``; what is there already is kept."""
     folder = build / f"llama-{shape.width}x{shape.layers}"
-    adapter = folder / f"adapter-r{shape.rank}{'' if shape.adapted == 'all' else '-layers' + shape.adapted}"
+    layers = "" if shape.adapted == "all" else f"-layers{shape.adapted}"
+    dropout = f"-dropout{shape.dropout}" if shape.dropout else ""
+    adapter = folder / f"adapter-r{shape.rank}{layers}{dropout}"
     files = Files(folder / "model", adapter, rows.write(build / "rows"))
-    base = {k: v for k, v in asdict(shape).items() if k not in ("rank", "adapted")} | {"version": VERSION}
+    base = {k: v for k, v in asdict(shape).items() if k not in ("rank", "adapted", "dropout")} | {"version": VERSION}
     if _stale(folder / "made.json", base):
         _write_model(files.model, shape)
         (folder / "made.json").write_text(json.dumps(base), encoding="utf-8")
@@ -146,7 +149,7 @@ def _write_adapter(files: Files, shape: Shape) -> None:
     model, _ = outline(files.model, torch.bfloat16)
     model.to_empty(device="cpu")  # an adapter asks for the shapes alone: the weights are never read, nor touched
     model.fingerprint = ""
-    lora = LoRA(rank=shape.rank, alpha=16.0, layers=shape.adapted)
+    lora = LoRA(rank=shape.rank, alpha=16.0, layers=shape.adapted, dropout=shape.dropout)
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for module in attach(model, lora, SEED).values():
