@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lamina import native
 from lamina.ops.shapes import Float
@@ -19,7 +20,8 @@ WORDS = 2**32
 
 
 class Dropout(NamedTuple):
-    """What one call of dropout zeroes: a function of the seed and of the shape, precision and device of what it is given.
+    """What one call of dropout zeroes: a function of the seed and of the shape, precision and device of what it is given, and of
+    whether there is a kernel.
 
     Attributes:
         share: p, the probability that a number is zeroed, below 1.
@@ -37,21 +39,18 @@ class Dropout(NamedTuple):
         """x/(1 - p) where a number is kept, rounded once, and zero elsewhere. It is linear, so it is also what takes a gradient back.
 
         Args:
-            onto: contiguous; what it is added to, in place.
+            onto: of x's shape and precision; what it is added to, in place.
         """
-        if by_kernel(x.numel()) and native.takes(x):
+        to = x if onto is None else onto
+        if x.numel() % native.LANES == 0 and to.shape == x.shape and native.takes(x, to):
             out = torch.empty_like(x, memory_format=torch.contiguous_format) if onto is None else onto
             limit = min(round(self.share * WORDS), WORDS - 1)
             raised = 1 / (1 - self.share)
             native.call("dropout", x.contiguous(), out, x.numel(), self.seed, limit, raised, int(onto is not None))
+            increment_version(out)
             return out
         generator = torch.Generator(x.device).manual_seed(self.seed)
         with torch.no_grad():
             kept = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - self.share, generator=generator)
             dropped = kept.mul_(x).div_(1 - self.share)
             return dropped if onto is None else onto.add_(dropped)
-
-
-def by_kernel(numbers: int) -> bool:
-    """Whether the kernel takes so many numbers."""
-    return numbers % native.LANES == 0

@@ -176,18 +176,17 @@ class Layer:
             return 0, 0
         width, inner = self.shapes[names[0]][1], sum(ranks.values())
         outputs = sum(self.shapes[name][0] for name in names)
-        # With dropout each reads for itself, and so it is in fp32.
+        # Gradients of A first, each by itself with dropout and in fp32, of what is read through dropout; and of B.
         rows = list(ranks.values()) if self.setup.dropout or self.e == FLOAT else [inner] * bool(ranks)
-        working = [self.setup.product(rank, width, tokens, turned=True) for rank in rows]
-        working += [self.setup.product(self.shapes[name][0], rank, tokens, turned=True) for name, rank in ranks.items()]
+        stream, dropping = tokens * width * self.e, bool(ranks) * self._dropping(tokens * width)
+        of_a = [self.setup.product(rank, width, tokens, turned=True) for rank in rows]
+        of_b = [self.setup.product(self.shapes[name][0], rank, tokens, turned=True) for name, rank in ranks.items()]
+        beside = max([stream * min(dropping, 1) + max(of_a, default=0), *of_b])
         if needs:
-            working.append(self.setup.product(tokens, width, outputs + inner))
-        # One stored weight's gradient of the input is added to the others', and an adapter's that goes through dropout to them all;
-        # what the adapter reads through dropout is there before them.
-        dropping = bool(ranks) * self._dropping(tokens * width)
-        widths = needs * (1 + max(self.setup.base is not None, dropping)) or min(dropping, 1)
-        gradients = tokens * (outputs + inner + width * widths) * self.e
-        return self._read(names, tokens), gradients + max(working)
+            # Then that of x: one stored weight's is added to the others', and an adapter's that goes through dropout to them all.
+            product = self.setup.product(tokens, width, outputs + inner * (not dropping))
+            beside = max(beside, stream * (1 + (self.setup.base is not None)) + product, stream * (1 + dropping))
+        return self._read(names, tokens), tokens * (outputs + inner) * self.e + beside
 
     def _dropping(self, numbers: int) -> int:
         """How many tensors of these numbers there are while a gradient goes back through dropout: it, and what torch makes of it."""
@@ -215,10 +214,10 @@ class Layer:
             query, key = n * a.heads * needs[0], n * a.kv_heads * needs[1]
             of_key = norm_kept(self.setup, key, a.head_width)
             kept += norm_kept(self.setup, query, a.head_width) + of_key
-            # That of the keys comes first, while the gradients of the queries and, through the values, of x wait.
+            # That of the keys comes first, while the gradient of the queries waits, then theirs; that of the values waits for both.
             first = norm_working(self.setup, key, a.head_width) + query * a.head_width * e
-            then = norm_working(self.setup, query, a.head_width) - of_key
-            self.qk_norms = kept, max(first, then) + n * a.width * e
+            then = norm_working(self.setup, query, a.head_width) + key * a.head_width * e - of_key
+            self.qk_norms = kept, max(first, then) + n * a.kv_heads * a.head_width * e
         if any(needs):
             kept += n * (a.heads + 2 * a.kv_heads) * a.head_width * e  # q and k as they were rotated, v
             kept += self.plainly * a.heads * (a.head_width * e + FLOAT)  # SDPA's output, log Σ exp of each row

@@ -106,8 +106,9 @@ def test_the_step_is_split_at_all() -> None:
     assert len(calls) == 9
 
 
-def test_recomputed_layers_train_the_same_bits() -> None:
-    kept, recomputed = model_of(dropout=0.2), model_of(dropout=0.2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_layers_train_the_same_bits(dtype: torch.dtype) -> None:
+    kept, recomputed = model_of(dropout=0.2, dtype=dtype), model_of(dropout=0.2, dtype=dtype)
     one, _ = run(kept, checkpoint_layers=0)
     other, _ = run(recomputed, checkpoint_layers=2)
     assert [step.loss for step in one] == [step.loss for step in other]

@@ -145,16 +145,21 @@ def test_a_micro_batch_takes_what_the_plan_says(settings: dict[str, Any], dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("base", "double"),
-    [("nf4", True), ("int8", True), ("fp8", True)]
-    + [pytest.param(base, double, marks=pytest.mark.slow) for base, double in (("nf4", False), ("fp4", True))],
+    ("base", "double", "dropout"),
+    [("nf4", True, 0.0), ("int8", True, 0.0), ("fp8", True, 0.0)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("nf4", False, 0.0), ("fp4", True, 0.0), ("nf4", True, 0.1), ("int8", True, 0.1))
+    ],
 )
-def test_a_quantised_base_takes_what_the_plan_says(base: Base, double: bool, dtype: Any, tmp_path: Path) -> None:
+def test_a_quantised_base_takes_what_the_plan_says(
+    base: Base, double: bool, dropout: float, dtype: Any, tmp_path: Path
+) -> None:
     """Its bytes exactly, and with the shared buffer a micro-batch as exactly as over a dense base."""
     write_tiny(tmp_path, **SIZE)
     model = load_model(tmp_path, dtype, "cpu", base=base, double_quant=double)
     kept = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    attach(model, LoRA(rank=8))
+    attach(model, LoRA(rank=8, dropout=dropout))
     setup = replace(setup_of(model.train()), base=base, double=double)
     assert weights(setup) == kept
     (batch,) = pack(rows(LENGTHS, 0.66), sum(LENGTHS))
