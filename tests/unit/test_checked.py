@@ -36,7 +36,7 @@ def test_fields_and_methods_are_checked() -> None:
 def test_shapes_are_checked() -> None:
     x, weight, targets = torch.randn(5, 4), torch.randn(9, 4), torch.zeros(5, dtype=torch.int64)
     paired_scores(x, x, weight, targets)
-    with pytest.raises(BeartypeCallHintViolation, match=r"paired_scores\(\) parameter vocabulary.*dimension D is 3"):
+    with pytest.raises(BeartypeCallHintViolation, match=r"(?s)paired_scores.* vocabulary=.*dimension D is 3"):
         paired_scores(x, x, torch.randn(9, 3), targets)
 
 
