@@ -253,7 +253,7 @@ def outlined(hub: Hub, home: Path) -> tuple[Path, list[list[object]], list[str]]
     return Path(folder), tensors, files
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_outline_has_the_headers_and_fetches_no_weights(hub: Hub, tmp_path: Path, shards: int) -> None:
     model = write_tiny(tmp_path / "model", shards=shards)
     hub.publish("owner/model", model)
@@ -285,6 +285,7 @@ def test_what_is_stored_quantised_is_downloaded_to_be_outlined(hub: Hub, model: 
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_after_an_outline_the_weights_are_still_to_come(hub: Hub, model: Path, tmp_path: Path) -> None:
     hub.publish("owner/model", model)
     outlined(hub, tmp_path / "home")
@@ -306,6 +307,7 @@ def test_an_outline_of_what_is_not_there(hub: Hub, model: Path, tmp_path: Path) 
     assert "published only as pickles" in hub.run(OUTLINE, tmp_path / "home").stderr
 
 
+@pytest.mark.slow
 def test_an_outline_leaves_what_is_in_the_cache_as_it_is(hub: Hub, model: Path, tmp_path: Path) -> None:
     """A download that was cut off left one of two shards."""
     hub.publish("owner/model", model)
