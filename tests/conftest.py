@@ -7,14 +7,20 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-import torch
-from checked import check_annotations
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-check_annotations()
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests run; the process that hands them out to others needs neither torch nor checks, and they wait for it."""
+    if config.getoption("numprocesses", None):
+        return
+    import torch
+    from checked import check_annotations
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    check_annotations()
 
 
 def shared_data(name: str) -> Path:

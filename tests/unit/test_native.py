@@ -189,6 +189,7 @@ assert x[:1000].std() > 0.9 and (x[1000:] == 1).all()
 
 
 @needs_memory
+@pytest.mark.slow
 def test_freed_memory_serves_the_next_tensor() -> None:
     """Faults: those of the first two tensors in huge or in small pages, and none of the 18 others; torch's own all of them."""
     faults = {}
