@@ -243,6 +243,7 @@ def assert_same_record(run: Path, whole: Path) -> None:
     assert notes[0] == notes[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_never_kept_a_ledger_begins_one_where_it_goes_on(place: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(RuntimeError, match="killed"):

@@ -30,7 +30,7 @@ def theirs(guest: Any, prompt: list[int], stop: set[int], **options: Any) -> Gen
     return Generated(tuple(tokens[:-1] if stopped else tokens), stopped)
 
 
-FAST = {("llama", 1.2)} | {(family, 1.0) for family in ("llama-grouped", "mistral", "qwen2", "qwen3-windows")}
+FAST = {("llama", 1.2)} | {(family, 1.0) for family in ("llama-grouped", "qwen3-windows")}
 """In `make check`: every kind of attention; a penalty asks what was seen, not which family saw it."""
 
 

@@ -173,6 +173,7 @@ def test_connection_cut_inside_a_file_goes_on_there(hub: Hub, tmp_path: Path) ->
     assert set(asked) == {"config.json", "model.safetensors", f"model.safetensors bytes={10 * 2**20}-"}
 
 
+@pytest.mark.slow
 def test_cut_run_keeps_complete_files(hub: Hub, model: Path, tmp_path: Path) -> None:
     """The hub fails inside one shard: a clear message; offline then says partly; the next run asks for that shard only."""
     shard, home = "model-00001-of-00002.safetensors", tmp_path / "home"
@@ -218,6 +219,7 @@ def test_model_published_only_as_pickle(hub: Hub, model: Path, tmp_path: Path) -
     assert "from_pretrained('owner/model').save_pretrained('converted')" in done.stderr
 
 
+@pytest.mark.slow
 def test_model_published_without_weights(hub: Hub, model: Path, tmp_path: Path) -> None:
     """What is missing is told by whoever reads it; offline nobody can ask what else the repository holds."""
     for file in model.glob("model*"):
