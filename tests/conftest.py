@@ -39,6 +39,16 @@ def no_page() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def untimed() -> Iterator[None]:
+    """Plans take a layer's time for known, which to measure is a tenth of a tiny run: for tests that ask for no time."""
+    from lamina.training.calibrate import Pace
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamina.planning.calibrate", lambda *_: Pace(layer=1e-6, rest=1e-6))
+        yield
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages hold their charts' titles and numbers, but no pictures: for tests of what a page says."""

@@ -29,7 +29,7 @@ from lamina.run import Silent, fine_tune, resume
 from lamina.training.loop import Step, Training
 from lamina.understand.ledger import COLUMNS, Place, Row
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = pytest.mark.usefixtures("no_page", "untimed")
 
 STEPS, MATRICES = 6, 14
 

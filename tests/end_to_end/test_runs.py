@@ -35,7 +35,7 @@ from lamina.run import fine_tune, resume
 from lamina.training.loop import Training
 from lamina.training.resume import locked
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = pytest.mark.usefixtures("no_page", "untimed")
 
 
 @pytest.fixture(scope="module")
