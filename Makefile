@@ -3,7 +3,8 @@
 
 PY := .venv/bin/python
 JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
+# Python keeps what it compiled, whatever the caller's environment says: without it every process compiles the package anew.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 # What was installed is known by a stamp with the checksum of all that pip reads: where the project lies, and its dependencies.
 KEY := $(shell { pwd; sed '/^\[tool/,$$d' pyproject.toml; } | cksum | cut -d' ' -f1)

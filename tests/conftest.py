@@ -7,14 +7,20 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-import torch
-from checked import check_annotations
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-check_annotations()
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests run; the process that hands them out to others needs neither torch nor checks, and they wait for it."""
+    if config.getoption("numprocesses", None):
+        return
+    import torch
+    from checked import check_annotations
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    check_annotations()
 
 
 def shared_data(name: str) -> Path:
@@ -30,6 +36,16 @@ def no_page() -> Iterator[None]:
     """Runs end without ``report.html``, which takes half of the time of a tiny run; the tests of reports write it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lamina.run.write_page", lambda run, say: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def untimed() -> Iterator[None]:
+    """Plans take a layer's time for known, which to measure is a tenth of a tiny run: for tests that ask for no time."""
+    from lamina.training.calibrate import Pace
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamina.planning.calibrate", lambda *_: Pace(layer=1e-6, rest=1e-6))
         yield
 
 

@@ -19,7 +19,7 @@ from lamina.commands.generate import read_prompts
 ROWS = [("the cat", "sat on a mat"), ("Hello", "world!"), ("two and two?", "Four."), ("was it", "good; saw that")]
 SMALL = ["--steps", "3", "--batch-size", "4", "--rank", "2", "--device", "cpu", "--eval-fraction", "0.25"]
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = pytest.mark.usefixtures("no_page", "untimed")
 
 JOBS = "import sys; from lamina import cli; sys.exit(cli.main(['jobs']))"
 

@@ -29,7 +29,7 @@ from lamina.run import Silent, fine_tune, resume
 from lamina.training.loop import Step, Training
 from lamina.understand.ledger import COLUMNS, Place, Row
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = pytest.mark.usefixtures("no_page", "untimed")
 
 STEPS, MATRICES = 6, 14
 
@@ -189,7 +189,7 @@ def test_rows_without_a_prompt_ask_nothing(place: Path, tmp_path: Path) -> None:
     assert json.loads((run / "card.json").read_text())["counted"] == "tokens"
 
 
-@pytest.mark.parametrize("killed_at", [3, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))])
+@pytest.mark.parametrize("killed_at", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 5))])
 def test_a_run_that_broke_off_goes_on_to_the_same_ledger(
     killed_at: int, place: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +210,7 @@ class Interrupting(Heard):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("step", [4, STEPS])
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), STEPS])
 def test_an_interrupt_counts_after_every_step_the_last_too(step: int, place: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt, match=f"interrupted after step {step} of {STEPS}; everything is saved"):
@@ -243,6 +243,7 @@ def assert_same_record(run: Path, whole: Path) -> None:
     assert notes[0] == notes[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_never_kept_a_ledger_begins_one_where_it_goes_on(place: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(RuntimeError, match="killed"):
@@ -277,7 +278,7 @@ def test_notes_are_said_once_and_kept_in_the_card_over_a_kill(place: Path, tmp_p
     assert lines[0].startswith("note, step 50: ")
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_over_a_quantised_base_the_update_is_compared_with_the_value_it_computes_with(
     base: Any, place: Path, whole: Path, tmp_path: Path
 ) -> None:

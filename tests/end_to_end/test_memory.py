@@ -171,6 +171,7 @@ def test_the_plan_of_a_job_that_does_not_fit_names_ways_out(tmp_path: Path, caps
     assert "what would fit: " + plan["ways_out"][0]["flags"] in said.err
 
 
+@pytest.mark.slow
 def test_left_alone_the_plan_computes_twice_what_does_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,7 @@ from lamina.run import fine_tune, resume
 from lamina.training.loop import Training
 from lamina.training.resume import locked
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = pytest.mark.usefixtures("no_page", "untimed")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,7 @@ def out_of_memory(*_: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_under_way_is_told_with_what_resuming_takes(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

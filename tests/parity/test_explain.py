@@ -65,7 +65,7 @@ def test_singular_values_are_those_of_pefts_update(layout: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_truncated_adapter_answers_in_peft_as_the_truncated_update_does(
     layout: str, rank: int, tmp_path: Path
 ) -> None:

@@ -164,6 +164,7 @@ def test_stories260k_checkpoint(stories: Path) -> None:
         assert torch.equal(logits(model, tokens), peer_logits(other, tokens))
 
 
+@pytest.mark.slow
 def test_stories260k_tells_the_published_story(stories: Path) -> None:
     """The greedy text that its author publishes: 256 tokens of it, so a wrong position or mask anywhere would show."""
     source = shared_data("stories260k")

@@ -67,6 +67,7 @@ def test_a_model_is_drawn_in_its_form(base: Base | None) -> None:
     assert len(forms) == (0 if base is None else 14) and all(isinstance(form, Quantised) for form in forms)
 
 
+@pytest.mark.slow
 def test_the_grid_of_the_gpu() -> None:
     """At least 24 configurations, all different, and each can be read."""
     grid, memory, parts = module("memory_grid"), module("memory"), module("memory_parts")

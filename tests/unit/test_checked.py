@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
-from checked import with_shapes
-from jaxtyping import TypeCheckError
+from checked import checked, with_shapes
 from models import tiny
+from torch import Tensor
 
 from lamina.adapter import LoRA, adapted, attach
 from lamina.ops.loss import paired_scores
+from lamina.ops.shapes import Float
 from lamina.report.charts import Line
 from lamina.report.drawing import canvas, written
 
@@ -34,8 +36,20 @@ def test_fields_and_methods_are_checked() -> None:
 def test_shapes_are_checked() -> None:
     x, weight, targets = torch.randn(5, 4), torch.randn(9, 4), torch.zeros(5, dtype=torch.int64)
     paired_scores(x, x, weight, targets)
-    with pytest.raises(TypeCheckError, match="paired_scores"):
+    with pytest.raises(BeartypeCallHintViolation, match=r"(?s)paired_scores.* vocabulary=.*dimension D is 3"):
         paired_scores(x, x, torch.randn(9, 3), targets)
+
+
+def test_a_letter_is_one_number_in_a_call_and_free_in_the_next() -> None:
+    @checked(typechecker=beartype)
+    def narrowed(x: Float[Tensor, "N D"], by: int) -> Float[Tensor, "N D"]:
+        return x[:, by:] if by < 2 else narrowed(x[:, 1:], 0)
+
+    assert narrowed(torch.zeros(2, 3), 0).shape == (2, 3)
+    assert narrowed(torch.zeros(4, 5), 0).shape == (4, 5)
+    for by in (1, 2):
+        with pytest.raises(BeartypeCallHintViolation, match="(?s)narrowed.. return .*dimension D is"):
+            narrowed(torch.zeros(2, 3), by)
 
 
 def test_the_modules_that_annotate_shapes_are_found() -> None:

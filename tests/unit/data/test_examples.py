@@ -258,6 +258,7 @@ def test_hub_out_of_reach(hub: Hub, tmp_path: Path) -> None:
     assert re.fullmatch(expected, done.stdout.strip()), (done.stdout, done.stderr[-2000:])
 
 
+@pytest.mark.slow
 def test_hub_that_does_not_answer_is_told_at_once(hub: Hub, tmp_path: Path) -> None:
     """Without the half minute of retries that ``datasets`` makes, each with a warning."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port: nobody answers

@@ -239,6 +239,7 @@ def test_report_of_text_and_of_much() -> None:
     assert replace(report, tokens=100, targets=60, lost_tokens=20, lost_targets=20).learnt == 0.5
 
 
+@pytest.mark.slow
 def test_guanaco() -> None:
     from transformers import AutoTokenizer
 

@@ -173,6 +173,7 @@ def test_connection_cut_inside_a_file_goes_on_there(hub: Hub, tmp_path: Path) ->
     assert set(asked) == {"config.json", "model.safetensors", f"model.safetensors bytes={10 * 2**20}-"}
 
 
+@pytest.mark.slow
 def test_cut_run_keeps_complete_files(hub: Hub, model: Path, tmp_path: Path) -> None:
     """The hub fails inside one shard: a clear message; offline then says partly; the next run asks for that shard only."""
     shard, home = "model-00001-of-00002.safetensors", tmp_path / "home"
@@ -218,6 +219,7 @@ def test_model_published_only_as_pickle(hub: Hub, model: Path, tmp_path: Path) -
     assert "from_pretrained('owner/model').save_pretrained('converted')" in done.stderr
 
 
+@pytest.mark.slow
 def test_model_published_without_weights(hub: Hub, model: Path, tmp_path: Path) -> None:
     """What is missing is told by whoever reads it; offline nobody can ask what else the repository holds."""
     for file in model.glob("model*"):
@@ -253,7 +255,7 @@ def outlined(hub: Hub, home: Path) -> tuple[Path, list[list[object]], list[str]]
     return Path(folder), tensors, files
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_outline_has_the_headers_and_fetches_no_weights(hub: Hub, tmp_path: Path, shards: int) -> None:
     model = write_tiny(tmp_path / "model", shards=shards)
     hub.publish("owner/model", model)
@@ -285,6 +287,7 @@ def test_what_is_stored_quantised_is_downloaded_to_be_outlined(hub: Hub, model: 
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_after_an_outline_the_weights_are_still_to_come(hub: Hub, model: Path, tmp_path: Path) -> None:
     hub.publish("owner/model", model)
     outlined(hub, tmp_path / "home")
@@ -306,6 +309,7 @@ def test_an_outline_of_what_is_not_there(hub: Hub, model: Path, tmp_path: Path) 
     assert "published only as pickles" in hub.run(OUTLINE, tmp_path / "home").stderr
 
 
+@pytest.mark.slow
 def test_an_outline_leaves_what_is_in_the_cache_as_it_is(hub: Hub, model: Path, tmp_path: Path) -> None:
     """A download that was cut off left one of two shards."""
     hub.publish("owner/model", model)

@@ -104,7 +104,9 @@ def at_once(*inputs: Tensor) -> Tensor:
 @needs_kernels
 @pytest.mark.parametrize("width", [16, 48, 64, 128, 256])
 @pytest.mark.parametrize(("queries", "keys"), [(4, 4), (4, 2), (8, 1)])
-@pytest.mark.parametrize("tokens", [1, 2, 17, 24, 25, 65, 300, 513])
+@pytest.mark.parametrize(
+    "tokens", [1, 17, 24, 25, 65, 300, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 513))]
+)
 def test_bf16_error_of_the_kernel_is_at_most_that_of_sdpa(tokens: int, queries: int, keys: int, width: int) -> None:
     """1.2: the rule of the house for two orders of rounding in the same precision.
 

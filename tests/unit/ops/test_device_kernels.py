@@ -45,6 +45,7 @@ def test_transpose(count: int, width: int) -> None:
     kernels.check_transpose("cpu", count, width)
 
 
+@pytest.mark.slow
 def test_they_compile_for_ampere_ada_and_hopper() -> None:
     """What the interpreter takes, the compiler may not. Rows of a model's widths are read and written 16 bytes at a time."""
     script = Path(kernels.__file__).with_name("compiled_kernels.py")

@@ -79,6 +79,7 @@ def test_a_step_is_near_the_one_by_torch(calls: set[str], monkeypatch: pytest.Mo
     assert abs(loss - exact) <= 4 * max(abs(usual - exact), 2**-8 * exact)
 
 
+@pytest.mark.slow
 def test_a_step_over_fp8_takes_its_kernels(calls: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = gradients(torch.bfloat16, "fp8")
     assert {"quantise_rows", "transpose"} <= calls

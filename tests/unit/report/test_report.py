@@ -67,6 +67,7 @@ def test_the_same_folder_gives_the_same_bytes(drawn: str, tmp_path: Path) -> Non
     assert html(write_kept(tmp_path / "run")) == drawn
 
 
+@pytest.mark.slow
 def test_a_page_of_250_steps_and_224_matrices_is_small(tmp_path: Path) -> None:
     assert len(html(write_kept(tmp_path / "run", steps=250, layers=32, rank=64)).encode()) < 1_500_000
 
@@ -115,7 +116,7 @@ def test_values_that_do_not_fit_name_their_place(tmp_path: Path) -> None:
         report(folder)
 
 
-@pytest.mark.parametrize("value", [math.nan, -1e308, 0.0])
+@pytest.mark.parametrize("value", [math.nan, *(pytest.param(value, marks=pytest.mark.slow) for value in (-1e308, 0.0))])
 def test_losses_that_are_no_numbers(value: float, tmp_path: Path) -> None:
     folder = write_kept(tmp_path / "run")
     made = card("a", 60)

@@ -119,6 +119,7 @@ def test_the_update_that_a_merge_would_swallow() -> None:
     assert relative_update(10**9, 1e-5, "cosine", 0.03, seven_b) == pytest.approx(long * 10**9 / 4096)
 
 
+@pytest.mark.slow
 def test_adamw_loads_no_compiler() -> None:
     """It takes a second, which a run would wait for before its first step."""
     program = (

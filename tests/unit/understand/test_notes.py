@@ -116,6 +116,7 @@ def test_a_gradient_that_is_always_clipped_is_told_once() -> None:
     assert "clip is 0.001" in said
 
 
+@pytest.mark.slow
 def test_a_loss_that_follows_the_length_of_sorted_batches_is_told() -> None:
     """Long rows repeat one token, short ones are random: what a step's loss is depends on the length of its rows."""
     random = np.random.default_rng(0)
