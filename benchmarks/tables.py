@@ -1,8 +1,9 @@
 """Writes docs/benchmarks.md and its pictures from the rows of results: ``.venv/bin/python benchmarks/tables.py``.
 
 Nothing in the page was typed by hand, and no number in it comes from two runs: ratios are those of the rows, which pair the
-rounds of one run. Of each model, workload and machine class the newest run that has Lamina and a peer is shown; all others are
-in the last table. ``--check`` writes nothing and tells what is out of step with the rows.
+rounds of one run. Of each model, workload and machine class the newest run that has Lamina and a peer is shown, a short one
+(``QUICK=1``) only where there is no longer one; all others are in the last table. ``--check`` writes nothing and tells what is
+out of step with the rows.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any
 import alone
 import plots
 import results
-from catalogue import BOUND, LAMINA
+from catalogue import BOUND, FULL, LAMINA
 from markdown import NONE, Row, origin, table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -44,15 +45,21 @@ def pictures(docs: Path) -> Iterator[tuple[Path, list[Row], Any]]:
 
 
 def shown() -> list[tuple[str, list[Row]]]:
-    """For each machine class, model and workload: a name for files and headings, and the rows of the newest run with a peer."""
+    """For each machine class, model and workload: a name for files and headings, and the rows of the newest run with a peer; of a
+    short one only where there is no other."""
     newest: dict[str, list[Row]] = {}
     for kind in ("cpu", "gpu"):
-        for rows in _runs(results.read(results.FOLDER / f"{kind}.csv")):
+        for rows in sorted(_runs(results.read(results.FOLDER / f"{kind}.csv")), key=_is_long):
             model, workload = rows[0]["workload"].split(",")[0], rows[0]["workload"].rsplit(", ", 1)[1]
             tools = {row["arm"] for row in rows} - {BOUND}
             if LAMINA in tools and len(tools) > 1:
                 newest[f"{kind}-{model}-{workload}"] = rows
     return list(newest.items())
+
+
+def _is_long(rows: list[Row]) -> bool:
+    """Whether the arms of a run counted as many steps a round as a full run does."""
+    return max(int(row["steps"]) for row in rows) >= FULL.steps
 
 
 def grown() -> list[tuple[str, list[Row]]]:

@@ -41,6 +41,25 @@ def test_a_changed_number_and_an_old_picture_are_told(tmp_path: Path) -> None:
     assert check(tmp_path) == (1, expected)
 
 
+def test_a_short_run_takes_no_longer_ones_place(plots: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, results, catalogue = map(importlib.import_module, ("tables", "results", "catalogue"))
+    known = {"workload": "m, rows, 4 rows a step, whole"}
+
+    def run(name: str, steps: int) -> list[dict[str, str]]:
+        return [known | {"run": name, "arm": arm, "steps": str(steps)} for arm in ("lamina", "peft")]
+
+    def shown(*runs: list[dict[str, str]]) -> str:
+        rows = [row for run in runs for row in run]
+        monkeypatch.setattr(results, "read", lambda path: rows if path.name == "cpu.csv" else [])
+        ((name, found),) = tables.shown()
+        assert name == "cpu-m-whole" and len(found) == 2
+        return found[0]["run"]
+
+    full, quick = catalogue.FULL.steps, catalogue.QUICK.steps
+    assert shown(run("a", full), run("b", full), run("c", quick)) == "b"
+    assert shown(run("a", quick), run("b", quick)) == "b"
+
+
 def growth_rows() -> list[dict[str, str]]:
     return [
         {"axis": "length", "value": str(value), "arm": arm, "tok_s": str(9000 // value), "peak_gib": str(value / 100)}

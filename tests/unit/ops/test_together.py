@@ -45,7 +45,9 @@ def gradients(model: Decoder) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-grouped", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama-grouped", "qwen3"))]
+)
 def test_bf16_gradients_are_no_farther_from_the_truth_than_those_of_the_plain_ops(
     monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:

@@ -36,6 +36,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 """The plain one first."""
 GRID = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+CASES = [  # between two ends are the slow ones
+    pytest.param(one, marks=[pytest.mark.slow] * (one["portion"] == 40 or one["checkpoint_layers"] == 1))
+    for one in GRID
+]
 
 
 def rows() -> list[Rendered]:
@@ -100,7 +104,7 @@ def test_the_choices_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[False, True][0] == 7 * LAYERS and found[False, True][1] < found[True, True][1]
 
 
-@pytest.mark.parametrize("choices", GRID, ids=str)
+@pytest.mark.parametrize("choices", CASES, ids=str)
 def test_every_combination_is_the_plain_step(choices: dict[str, Any], plain: tuple[Tensor, dict[str, Tensor]]) -> None:
     loss, gradients = step(**choices)
     assert float(loss) == pytest.approx(float(plain[0]), rel=1e-6)
