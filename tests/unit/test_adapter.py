@@ -248,3 +248,15 @@ def test_with_dropout_siblings_read_an_input_each() -> None:
     at_once = together(x, *linears)
     assert all(torch.equal(one, other) for one, other in zip(at_once, each, strict=True))
     assert not torch.equal(each[0], linears[0].eval()(x)), "nothing was dropped"
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_a_hook_sees_its_linear_among_siblings_adapted_or_not(name: str) -> None:
+    model, seen = tiny(), []
+    attach(model, LoRA(rank=4, targets=("q_proj",)))
+    tokens = some_tokens((5, 4))
+    expected = hidden(model, tokens, (5, 4))
+    hooked = model.get_submodule(f"model.layers.0.self_attn.{name}")
+    hooked.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    assert torch.equal(hidden(model, tokens, (5, 4)), expected)
+    assert len(seen) == 1 and len(seen[0]) == 2
