@@ -22,9 +22,9 @@ from lamina.model.decoder import Decoder
 from lamina.model.weights import DTYPES, load_model
 from lamina.training.available import Meter
 from lamina.training.heaviest import Heaviest, heaviest
-from lamina.training.kept import Portion, Setup
 from lamina.training.loop import Training, rehearse, start, train
 from lamina.training.plan import Plan, in_process, plan, ranks_of
+from lamina.training.setup import Portion, Setup
 
 OFF = 0.03
 """How far the peak may be from the plan before it is told who held it."""

@@ -28,9 +28,9 @@ from lamina.model.decoder import Decoder
 from lamina.model.quantised import Base
 from lamina.model.weights import load_model
 from lamina.training.available import Meter, available
-from lamina.training.kept import Portion, Setup, shapes
 from lamina.training.loop import Training, start, train
 from lamina.training.plan import Plan, in_process, plan, ranks_of, weights
+from lamina.training.setup import Portion, Setup, shapes
 
 Row = dict[str, Any]
 BASES: tuple[Base | None, ...] = ("nf4", None, "fp8", "int8")

@@ -32,9 +32,9 @@ from lamina.ops.blockwise import BLOCK
 from lamina.ops.fourbit import FourBit
 from lamina.ops.frozen import SharedBuffer
 from lamina.ops.library import bitsandbytes
-from lamina.training.kept import Portion, Setup, shapes
 from lamina.training.loop import Training, start, train
 from lamina.training.plan import in_process, plan, ranks_of, weights
+from lamina.training.setup import Portion, Setup, shapes
 
 BUFFER = 2**23
 """Bytes of the plain read's buffer."""

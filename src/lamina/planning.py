@@ -28,9 +28,9 @@ from lamina.training.available import available
 from lamina.training.calibrate import calibrate
 from lamina.training.choosing import Choice, candidates, choose
 from lamina.training.heaviest import Heaviest, heaviest, tokens_of
-from lamina.training.kept import Portion, Setup
 from lamina.training.loop import Examples, Training
 from lamina.training.plan import Plan, in_process, plan, ranks_of
+from lamina.training.setup import Portion, Setup
 from lamina.ways_out import Cut, Way, of_job, of_run, ways_out
 
 GIB = 2**30

@@ -24,9 +24,9 @@ from lamina.planning import plan_run
 from lamina.run import fine_tune, resume
 from lamina.training import loop
 from lamina.training.calibrate import Pace
-from lamina.training.kept import Setup
 from lamina.training.loop import Step, Training
 from lamina.training.plan import Plan
+from lamina.training.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("no_page")
 PACE = Pace(layer=2.0**-10, rest=2.0**-9)

@@ -39,7 +39,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NO_DISK = {"errors", "section", "settings", "ops", "adapter", "generation", "model.decoder", "data.forms"}
 NO_DISK |= {"data.llama2_text", "data.offsets", "data.render", "data.fit", "data.faults", "data.pack"}
 NO_DISK |= {"training.loop", "training.order", "training.optimizer", "training.finite"}
-NO_DISK |= {"training.kept", "training.plan", "training.fitting"}
+NO_DISK |= {"training.setup", "training.kept", "training.plan", "training.choosing"}
 DISK = {"open", "fdopen", "memmap", "safe_open", "save_file", "mkdir", "rmdir", "unlink", "rename", "rmtree", "touch"}
 DISK |= {
     "read_text",

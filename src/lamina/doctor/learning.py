@@ -14,8 +14,8 @@ from lamina.adapter import ALL_LINEAR
 from lamina.doctor.case import Case
 from lamina.doctor.finding import Finding, counted
 from lamina.ops.rounding import NAMES, half_step, surviving
-from lamina.training.kept import shapes
 from lamina.training.optimizer import Shape, relative_update, rule_of_thumb
+from lamina.training.setup import shapes
 
 ALPHA = 32.0
 """The alpha that the rule of thumb is meant for."""

@@ -19,7 +19,7 @@ from lamina.model.decoder import Decoder, angles
 from lamina.model.quantised import QuantisedLinear, linears_of, quantise_leaves
 from lamina.ops.attention import Packed
 from lamina.ops.loss import cross_entropy_sum
-from lamina.training.kept import Setup
+from lamina.training.setup import Setup
 
 TOKENS = 512
 """Tokens of the micro-batch that is timed, at most: enough for GEMMs at their usual speed, few enough for seconds in all."""

@@ -7,112 +7,17 @@ is. A tensor that several operations keep counts once. Below the lowest adapter 
 Letters as everywhere: ``N`` packed tokens, ``D`` width, ``F`` MLP width, ``V`` vocabulary, ``R`` rank. Results are bytes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 
-from lamina import cuda, native
-from lamina.model.architecture import Architecture
-from lamina.model.quantised import Base
-from lamina.ops import products
+from lamina import native
 from lamina.ops.attention import by_kernel, working_memory
 from lamina.ops.loss import CHUNK, WIDE_CHUNK, slice_rows
 from lamina.ops.norm import CHUNK as NORM_CHUNK
 from lamina.ops.swiglu import CHUNK as GATE_CHUNK
-from lamina.training.optimizer import Kind
-
-SCRATCHPAD = 145_000
-"""Bytes that oneDNN allocates for each thread while it computes a product in bf16 on a CPU: 140 to 200 kB, hardly depending on the
-product's size."""
+from lamina.training.setup import FLOAT, INDEX, Portion, Setup, shapes
 
 QKV, GATE_UP = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]
 """Linears that read the same input."""
-
-FLOAT, INDEX = 4, 8
-"""Bytes of a number in fp32, in which masters, moments and reductions are kept, and of an index."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What of a run decides its memory, beside the data.
-
-    Args:
-        ranks: rank of each adapted linear by its path, as ``model.layers.0.self_attn.q_proj``.
-        itemsize: bytes of a number in the computation, 2 for bf16 and 4 for fp32.
-        base: the form of the frozen linears of the layers; None is the computation's dtype.
-        double: whether the scales of 4-bit blocks are quantised too.
-        dropout: whether the adapters' inputs are dropped at random.
-        runtime: what the process takes beside tensors.
-        ledger: whether A and B are copied around the optimiser's step, to see how far it moves them.
-    """
-
-    architecture: Architecture
-    ranks: Mapping[str, int]
-    itemsize: int = 2
-    base: Base | None = None
-    double: bool = True
-    optimizer: Kind = "adamw"
-    dropout: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"
-    runtime: int = 0
-    ledger: bool = False
-
-    def product(self, rows: int, columns: int, terms: int, turned: bool = False, along: bool = False) -> int:
-        """What a product of the computation's dtype takes for its own use while it lasts: of factors of which one is a transpose
-        (``turned``), or which both lie along the sum (``along``)."""
-        if self.device != "cpu" or self.itemsize == FLOAT:
-            return 0
-        if products.faster(rows, columns):
-            return products.working_memory(rows, columns, terms + terms % 2, turned)
-        if along and min(rows, columns) < products.FEW and products.few_here():
-            return 0
-        return SCRATCHPAD * torch.get_num_threads()
-
-    def by_kernels(self, width: int) -> bool:
-        """Whether rows of this width go to kernels of our own."""
-        dtype = torch.float32 if self.itemsize == FLOAT else torch.bfloat16
-        here = width % native.LANES == 0 and native.available(self.device, dtype)
-        return here or cuda.available(self.device, dtype)
-
-
-@dataclass(frozen=True)
-class Portion:
-    """A micro-batch, and how it is computed.
-
-    Args:
-        lengths: tokens of each of its examples; their sum is N.
-        supervised: how many of the tokens have a target.
-        checkpointed: layers, from the first, that keep only their input.
-        accumulated: whether it follows another one in its step, so that the gradients of all layers are there already.
-        offload: whether inputs of checkpointed layers are kept in the host's memory.
-    """
-
-    lengths: tuple[int, ...]
-    supervised: int
-    checkpointed: int = 0
-    accumulated: bool = False
-    offload: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return sum(self.lengths)
-
-
-def shapes(a: Architecture) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the linears of a layer, by the end of their path, in the order in which they are computed."""
-    query, key = a.heads * a.head_width, a.kv_heads * a.head_width
-    return {
-        "self_attn.q_proj": (query, a.width),
-        "self_attn.k_proj": (key, a.width),
-        "self_attn.v_proj": (key, a.width),
-        "self_attn.o_proj": (a.width, query),
-        "mlp.gate_proj": (a.mlp_width, a.width),
-        "mlp.up_proj": (a.mlp_width, a.width),
-        "mlp.down_proj": (a.width, a.mlp_width),
-    }
 
 
 class Layer:
@@ -124,6 +29,7 @@ class Layer:
     Attributes:
         n, after: tokens, and those of them for which what follows attention is computed: in the last layer, the supervised ones.
         leaving: whether its output needs a gradient; where it does not, nothing is kept.
+        mixed: whether attention's queries, keys or values have a gradient.
         attention, norm, mlp: what its first half keeps, the norm after it, and the rest.
         forward, backward: what the MLP needs beside in either direction, at most.
         mixing_forward: what attention needs beside what is kept: the kernel, or making the masks of examples longer than the window.
@@ -148,15 +54,15 @@ class Layer:
         width = setup.architecture.head_width
         kernel = setup.device == "cpu" and setup.by_kernels(width) and by_kernel(width, portion.lengths, window)
         self.plainly = self.n * (not kernel)  # tokens that SDPA or FlashAttention attends
-        self.mixing = (
-            self._mixing(portion.lengths, kernel) if self.leaving and (kernel or setup.device == "cuda") else 0
-        )
         self.attention = self._attention(sum(length * length for length in masked))
+        if self.mixed and setup.device == "cpu" and not kernel:
+            self.mixing = self._mixing_plainly(portion.lengths)
+        else:
+            self.mixing = self._mixing(portion.lengths, kernel) if self.mixed else 0
         # The kernel's memory, or a mask: distances as indices, and a bool of each.
-        mask = max(masked, default=0) ** 2 * (INDEX + 1)
-        self.mixing_forward = (
-            working_memory(portion.lengths, setup.architecture.kv_heads, width, "attention") if kernel else mask
-        )
+        mask, kv_heads = max(masked, default=0) ** 2 * (INDEX + 1), setup.architecture.kv_heads
+        forward = working_memory(portion.lengths, kv_heads, width, "attention") if kernel else mask
+        self.mixing_forward = forward if self.mixed else self._passing(forward)
         self.norm = norm_kept(setup, self.after, setup.architecture.width) if self.middle else 0
         self.mlp, self.forward, self.backward = self._mlp()
         self.trainable = sum(self._trainable(name) for name in self.ranks)
@@ -208,6 +114,7 @@ class Layer:
     def _attention(self, masked: int) -> int:
         a, n, e = self.setup.architecture, self.n, self.e
         needs = [self.entering or name in self.ranks for name in QKV]
+        self.mixed = any(needs)
         kept = norm_kept(self.setup, n, a.width) if self.entering else 0
         kept += self._read(QKV, n)
         if a.qk_norm:
@@ -228,6 +135,19 @@ class Layer:
         self.output = self._read(["self_attn.o_proj"], self.after)
         return kept + self.output
 
+    def _passing(self, mixing: int) -> int:
+        """What attention needs that keeps nothing, beside what o_proj keeps: its input, q, k and v, and their mix while it is made
+        (``mixing``) or projected; where fewer rows go on, of the residual stream and of the mix they are copied."""
+        (query, width), (key, _) = self.shapes["self_attn.q_proj"], self.shapes["self_attn.k_proj"]
+        fewer, adapted = self.after < self.n, "self_attn.o_proj" in self.ranks
+        making = self.plainly * query * self.e + mixing - self.output
+        parts = adapted * (
+            2 if self.e == FLOAT else 1
+        )  # of o_proj's output: in fp32 the sum's terms, in bf16 its operands as one
+        projecting = self.after * (query * (fewer - adapted) + width * (1 + parts)) * self.e
+        both = self.n * (width + 2 * query + 2 * key) + self.after * width * fewer
+        return both * self.e + max(making, projecting)
+
     def _mixing(self, lengths: tuple[int, ...], kernel: bool) -> int:
         """Gradients of the output of attention and of q, k and v, and what the kernel needs for the longest example; FlashAttention sums
         the gradient of q in fp32, in blocks of 128, and gives every query head key gradients of its own."""
@@ -237,6 +157,22 @@ class Layer:
             expanded = 2 * self.n * a.heads * a.head_width * self.e * (a.kv_heads < a.heads)
             return gradients + expanded + (self.n + 128 * len(lengths)) * a.heads * (a.head_width + 1) * FLOAT
         return gradients + working_memory(lengths, a.kv_heads, a.head_width)
+
+    def _mixing_plainly(self, lengths: tuple[int, ...]) -> int:
+        """The same of torch's SDPA on a CPU, example by example, the last one first: each gives its gradients and frees its output. Scores
+        and their gradients are computed in blocks of q and of k (FlashAttentionKernel.cpp)."""
+        a = self.setup.architecture
+        mixed = a.heads * a.head_width * self.e
+        gradients = [heads * a.head_width * self.e for heads in (a.heads, a.kv_heads, a.kv_heads)]
+        wanted = sum(size for size, name in zip(gradients, QKV, strict=True) if self.entering or name in self.ranks)
+        freed = mixed + a.heads * FLOAT
+        done = most = 0
+        for length in reversed(lengths):
+            block = (256 if length >= 768 else 64 if length >= 192 else 32) * min(length, 512)
+            scores = torch.get_num_threads() * 2 * block * (FLOAT + self.e * (self.e < FLOAT))
+            most = max(most, self.n * mixed + length * sum(gradients) + done * (wanted - freed) + scores)
+            done += length
+        return most
 
     def _mlp(self) -> tuple[int, int, int]:
         numbers = self.after * self.setup.architecture.mlp_width

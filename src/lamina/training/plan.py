@@ -16,20 +16,8 @@ from lamina.model.decoder import Decoder
 from lamina.model.quantised import form_bytes
 from lamina.ops import fp8, int8
 from lamina.ops.loss import slice_rows
-from lamina.training.kept import (
-    FLOAT,
-    GATE_UP,
-    INDEX,
-    QKV,
-    Layer,
-    Portion,
-    Setup,
-    loss_rows,
-    loss_slices,
-    norm_kept,
-    norm_working,
-    shapes,
-)
+from lamina.training.kept import GATE_UP, QKV, Layer, loss_rows, loss_slices, norm_kept, norm_working
+from lamina.training.setup import FLOAT, INDEX, Portion, Setup, shapes
 
 SMALL = 4096
 SCALE = FLOAT / 256
@@ -203,13 +191,15 @@ def _moments(setup: Setup, portion: Portion) -> Iterator[Moment]:
     layers: list[Layer] = []
     for index in range(a.layers):
         layers.append(Layer(setup, portion, index, bool(layers) and layers[-1].leaving))
-    # What is kept below each layer, and below them all: cosine and sine of the positions; tokens, targets and positions.
+    # What is kept below each layer, and below them all: cosine and sine of the positions, which go where nothing is turned back;
+    # tokens, targets and positions.
     below = [n * a.head_width * e + 3 * n * INDEX]
     for index, layer in enumerate(layers):
         stream = 0 if portion.offload else n * a.width * e * layer.leaving
         kept = stream if index < portion.checkpointed else layer.kept
         below.append(below[-1] + kept)
-    kept = below[-1] + norm_kept(setup, portion.supervised, a.width)
+    turned = n * a.head_width * e * (portion.checkpointed > 0 or any(layer.mixed for layer in layers))
+    kept = below[-1] - below[0] + 3 * n * INDEX + turned + norm_kept(setup, portion.supervised, a.width)
     rows = loss_rows(setup, portion.supervised)
     slices = loss_slices(setup, portion.supervised)
     scores = [
@@ -252,6 +242,7 @@ def _layer(setup: Setup, layer: Layer, again: bool) -> Iterator[tuple[str, int, 
         upon = stream + entry * again
         norm = norm_working(setup, after, a.width) if layer.middle else 0
         yield "norm backward", FLOAT * layer.mlp_trainable, layer.attention + layer.norm + upon, norm
+        upon = stream * layer.entering + entry * again
         yield "attention backward", FLOAT * layer.mlp_trainable, layer.attention - layer.output + upon, layer.mixing
         kept, norm = layer.qk_norms
         yield "query and key norm backward", FLOAT * layer.trainable, kept + upon, norm

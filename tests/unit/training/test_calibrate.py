@@ -11,8 +11,8 @@ from models import tiny
 from lamina.adapter import LoRA, adapted
 from lamina.model.quantised import Base, quantised_of
 from lamina.training.calibrate import Pace, calibrate, one_layer
-from lamina.training.kept import Setup
 from lamina.training.plan import ranks_of
+from lamina.training.setup import Setup
 
 CPU = torch.device("cpu")
 

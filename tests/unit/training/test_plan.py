@@ -19,15 +19,23 @@ from lamina.errors import ConfigError
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import Base, quantised_of
 from lamina.model.weights import load_model
-from lamina.training.kept import Portion, Setup
 from lamina.training.loop import Training, backward, start, train
 from lamina.training.plan import Moment, _buffer, plan, ranks_of, trainable, weights
+from lamina.training.setup import Portion, Setup
 
 SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 96}
 WIDE = {"family": "qwen3", "head_dim": 128, "intermediate_size": 256}
 LENGTHS = (150, 120, 90, 40)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+FEW: list[dict[str, Any]] = [
+    {"targets": ("down_proj",), "lengths": (1300,)},
+    {"targets": ("down_proj",), "vocab_size": 4000},
+    {"targets": ("o_proj",), "lengths": (1300,), "checkpointed": 1},
+    {"targets": ("q_proj",)},
+    {"lengths": (1300,), "checkpointed": 1},
+    {"lengths": (1300,), "num_key_value_heads": 2},
+]
 # Settings of ``case`` that differ from its defaults, each in bf16 and in fp32.
 GRID: list[dict[str, Any]] = [
     {},
@@ -46,6 +54,8 @@ GRID: list[dict[str, Any]] = [
     {"targets": ("o_proj", "up_proj")},
     {"targets": ("down_proj",)},
     {"targets": ("gate_proj",), "layers": "3"},
+    # One layer of which few tokens go on: attention decides.
+    *({"num_hidden_layers": 1, "intermediate_size": 128, "share": 0.02} | more for more in FEW),
     {"layers": "2-3"},
     {"layers": "0,1"},
     {"rank": 64},
