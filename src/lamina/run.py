@@ -43,8 +43,13 @@ from lamina.under_way import CHANGEABLE, Show, Silent, UnderWay
 from lamina.understand.card import Asked, Card
 from lamina.ways_out import Way, of_run
 
-_BEFORE = "lower --micro-batch-tokens or --max-length, or raise --checkpoint-layers (the result stays the same but for --max-length)"
-"""What a run that memory ends before anything is saved may do."""
+_LESS = "lower --micro-batch-tokens or --max-length, or raise --checkpoint-layers (the result stays the same but for --max-length)"
+_UNSAVED = {
+    "load": "free some memory, or keep the base in fewer bits: --base nf4",
+    "training": _LESS,
+    "base_evaluation": _LESS,
+}
+"""What a run that memory ends before anything is saved may do, by the part of it; elsewhere memory is to be freed."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,10 @@ def fine_tune(job: Job, show: Show | None = None, loaded: Decoder | None = None)
     with locked(folder):
         try:
             write_text(folder / "job.toml", jobfile.dump(job.sections()))
-            return _go(job, folder, show or Silent(), resumed=False, loaded=loaded)
-        except (Error, OSError, KeyboardInterrupt) as error:
+            return _told(job, folder, show, resumed=False, loaded=loaded)
+        except (Error, OSError, KeyboardInterrupt):
             if (folder / "state").exists():
-                raise _with_the_way_on(error, folder) from None
+                raise
             _clear(folder)  # refused before it began: there is nothing to keep
             if not given:
                 folder.rmdir()
@@ -100,25 +105,36 @@ def resume(
         own = {name: value for name, value in (changes or {}).items() if name in {f.name for f in fields(section)}}
         job = replace(job, **{part: replace(section, **own)})
     with locked(folder):
-        try:
-            return _go(job, folder, show or Silent(), resumed=True, loaded=loaded)
-        except (OutOfMemoryError, KeyboardInterrupt) as error:
-            raise _with_the_way_on(error, folder) from None
+        return _told(job, folder, show, resumed=True, loaded=loaded)
 
 
-def _with_the_way_on(error: BaseException, folder: Path) -> BaseException:
-    """What ends a run without saying how it goes on, as a second Ctrl-C and the end of the memory do, gets the command for it; what
-    says it already is left as it is."""
-    command = f"lamina train --resume {folder}"
-    if isinstance(error, OutOfMemoryError):
+def _told(job: Job, folder: Path, show: Show | None, resumed: bool, loaded: Decoder | None) -> Result:
+    """Goes, and where a second Ctrl-C or the end of the memory ends the run, says how it goes on; other ends say it themselves."""
+    watch = Stopwatch()
+    try:
+        with memory_told("free some memory"):
+            return _go(job, folder, show or Silent(), watch, resumed, loaded)
+    except OutOfMemoryError:
+        part = watch.stopped or "start"
+        raise OutOfMemoryError(f"out of memory ({part.replace('_', ' ')}); {_way_on(folder, part)}") from None
+    except KeyboardInterrupt as error:
+        if str(error) or not (folder / "state").exists():
+            raise
+        told = f"interrupted; go on from the last saved state with: lamina train --resume {folder}"
+        raise KeyboardInterrupt(told) from None
+
+
+def _way_on(folder: Path, part: str) -> str:
+    """What to do about a run that memory ended in this part: in the steps, and nowhere else, recomputation takes less."""
+    if not (folder / "state").exists():
+        return _UNSAVED.get(part, "free some memory")
+    flags = ""
+    if part == "training":
         job = read_job(folder)  # as it was planned
         layers = read_config(base_folder(job.model)).layers
         flags = sum(of_run(job, pick_device(job.model.device).type, layers), Way()).flags
-        on = f"go on with: {command} {flags}" if flags else f"free some memory, and go on with: {command}"
-        return OutOfMemoryError(f"out of memory; what was saved is untouched; {on}")
-    if isinstance(error, KeyboardInterrupt) and not str(error):
-        return KeyboardInterrupt(f"interrupted; go on from the last saved state with: {command}")
-    return error
+    command = f"go on with: lamina train --resume {folder}"
+    return f"what was saved is untouched; {f'{command} {flags}' if flags else f'free some memory, and {command}'}"
 
 
 def _clear(folder: Path) -> None:
@@ -126,9 +142,8 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(child) if child.is_dir() else child.unlink()
 
 
-@memory_told(_BEFORE)
-def _go(job: Job, folder: Path, show: Show, resumed: bool, loaded: Decoder | None) -> Result:
-    watch, resuming = Stopwatch(), resumed and has_state(folder)
+def _go(job: Job, folder: Path, show: Show, watch: Stopwatch, resumed: bool, loaded: Decoder | None) -> Result:
+    resuming = resumed and has_state(folder)
     base = base_folder(job.model)
     check(job, base)
     with watch("data"):

@@ -215,22 +215,35 @@ def test_memory_that_runs_out_under_way_is_told_with_what_resuming_takes(
         patch.setattr("lamina.under_way.train", out_of_memory)
         with pytest.raises(OutOfMemoryError) as caught:
             fine_tune(job(place, run))
-    told = f"out of memory; what was saved is untouched; go on with: lamina train --resume {run} --checkpoint-layers 2"
+    told = f"out of memory (training); what was saved is untouched; go on with: lamina train --resume {run} --checkpoint-layers 2"
     assert str(caught.value) == told
     command = told.partition("with: lamina ")[2].split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lamina.under_way.train", out_of_memory)
         assert cli.main(command) == 2
     less = f"free some memory, and go on with: lamina train --resume {run}"
-    assert capsys.readouterr().err == f"lamina: out of memory; what was saved is untouched; {less}\n"
-    assert cli.main(command) == 0
+    assert capsys.readouterr().err == f"lamina: out of memory (training); what was saved is untouched; {less}\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamina.run.measured", out_of_memory)  # its steps are done: recomputation would not help
+        assert cli.main(["train", "--resume", str(run)]) == 2
+    assert capsys.readouterr().err == f"lamina: out of memory (card); what was saved is untouched; {less}\n"
+    assert cli.main(["train", "--resume", str(run)]) == 0
 
 
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ("lamina.run.prepare_data", r"\(data\); free some memory$"),
+        ("lamina.run.attach", r"\(load\); free some memory, or keep the base in fewer bits: --base nf4$"),
+        ("lamina.under_way.rehearse", r"\(training\); lower --micro-batch-tokens or --max-length, or raise"),
+        ("lamina.under_way.score", r"\(base evaluation\); lower --micro-batch-tokens or --max-length, or raise"),
+    ],
+)
 def test_memory_that_runs_out_before_a_run_began_leaves_nothing(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, told: str
 ) -> None:
-    monkeypatch.setattr("lamina.run.prepare_data", out_of_memory)
-    with pytest.raises(OutOfMemoryError, match="^out of memory; lower --micro-batch-tokens or --max-length, or raise"):
+    monkeypatch.setattr(broken, out_of_memory)
+    with pytest.raises(OutOfMemoryError, match=f"^out of memory {told}"):
         fine_tune(job(place, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -14,10 +14,12 @@ class Stopwatch:
     Attributes:
         seconds: of each part so far, in the order in which they were first opened. What is open counts up to the last
             time that a part was opened or closed.
+        stopped: the part in which an error came up, if one did.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
+        self.stopped: str | None = None
         self._clock, self._open, self._since = clock, list[str](), 0.0
 
     @contextmanager
@@ -27,6 +29,9 @@ class Stopwatch:
         self.seconds.setdefault(part, 0.0)
         try:
             yield
+        except BaseException:
+            self.stopped = self.stopped or part
+            raise
         finally:
             self._charge()
             self._open.pop()
