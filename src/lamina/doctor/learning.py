@@ -106,8 +106,9 @@ def _times(rate: float, wanted: float) -> str:
 def update_size(case: Case) -> Iterator[Finding]:
     """An update that merging would round away; W is taken to be about 1/√width, as it is in Llama's family.
 
-    The yardstick is the dtype in which the merge is written. Where that is fp16 it is bf16 all the same: many serve such a model
-    in it, and Lamina itself loads it so; what only fp16 holds is lost then. (What training saw of the base, bf16 holds.)
+    The yardstick is the dtype in which the merge is written. Where that is fp16, or fp32 and the run computes in bf16, it is bf16 all
+    the same: many serve such a model in it, and Lamina itself loads it so; what only the other holds is lost then. (What training
+    saw of the base, bf16 holds.)
     """
     a, train, own = case.architecture, case.job.train, case.merged
     if a is None or own is None or not case.steps or not case.ranks:
@@ -121,7 +122,8 @@ def update_size(case: Case) -> Iterator[Finding]:
     found = _median(
         {relative_update(case.steps, rate, train.schedule, train.warmup, kind): n for kind, n in kinds.items()}
     )
-    served = torch.bfloat16 if own == torch.float16 else own
+    finer = own == torch.float16 or (own == torch.float32 and case.job.model.dtype == "bf16")
+    served = torch.bfloat16 if finer else own
     if found < half_step(served):
         there = NAMES[served]
         rounds = f"rounds at {half_step(own):.1e} and keeps about {surviving(found, own):.0%} of such an update"

@@ -128,7 +128,8 @@ def test_short_runs_want_a_higher_rate() -> None:
 
 
 def test_an_update_is_judged_in_the_dtype_that_a_merge_writes() -> None:
-    """In bf16 and fp16 by bf16's step, for both are served in it; in fp32 by its own; not where the files cannot be read."""
+    """In bf16 and fp16 by bf16's step, for both are served in it, as fp32 is where the run computes in bf16; otherwise fp32 by its own; not
+    where the files cannot be read."""
     weak = case(**train(learning_rate=2e-6))  # an update of 5.6e-4
     bf16, fp16 = (told(replace(weak, merged=own))["update-too-small"] for own in (torch.bfloat16, torch.float16))
     assert bf16.found.endswith(
@@ -140,9 +141,13 @@ def test_an_update_is_judged_in_the_dtype_that_a_merge_writes() -> None:
         "which rounds at 2.0e-03, about 31% of it is left (assumed: weights of about 1/√width, which bf16 holds)"
     )
     assert fp16.mend == bf16.mend + "; or serve the merged model in fp16, not in bf16"
-    for own in (torch.float32, torch.float64, None):
+    for own in (torch.float64, None):
         assert "update-too-small" not in told(replace(weak, merged=own))
-    hardly = replace(case(**train(learning_rate=2e-11)), merged=torch.float32)
+    fp32 = replace(weak, merged=torch.float32)
+    assert told(fp32)["update-too-small"].mend == bf16.mend + "; or serve the merged model in fp32, not in bf16"
+    wide = ModelSettings(model="m", device="cpu", dtype="fp32")
+    assert "update-too-small" not in told(replace(fp32, job=replace(fp32.job, model=wide)))
+    hardly = replace(case(**train(learning_rate=2e-11), model=wide), merged=torch.float32)
     assert "is written in fp32, which rounds at 3.0e-08 and" in told(hardly)["update-too-small"].found
 
 
