@@ -21,6 +21,8 @@ from gates import faults
 HERE = Path(__file__).parent
 BUILD = machine.ROOT / "build"
 RATE, CLIP = 2e-4, 1.0
+BEHIND = 0.95
+"""A form of a tool that in the first round is slower than this share of the tool's fastest takes no part in the others."""
 ROUNDED = ("int8", "fp8")
 """Bases whose products round the activations too."""
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -141,10 +143,12 @@ class Bench:
         report = self.process(arm, f"gate-{precision}", **job, precision=precision, settings=settings)
         return report | {"gradients": gradients}
 
-    def rounds(self, arms: list[Arm], extent: Extent) -> None:
-        """The arms in turn, round after round; every round goes on with the next rows."""
+    def rounds(self, arms: list[Arm], extent: Extent, all_on: bool = False) -> list[Arm]:
+        """The arms in turn, round after round; every round goes on with the next rows, after the first only with each tool's fastest
+        forms, or with all (``all_on``). Returns those that went on."""
+        on = arms
         for round_ in range(extent.rounds):
-            for arm in arms:
+            for arm in on:
                 warmup, steps = extent.of(arm, round_)
                 if not steps:
                     continue
@@ -169,15 +173,31 @@ class Bench:
                     f"round {round_ + 1}  {arm.label:28} {numbers}  others {results.noise(report):4.0%} of the cores",
                     flush=True,
                 )
+            if not round_ and not all_on:
+                on = self._fastest()
+        return on
 
-    def to_a_loss(self, extent: Extent) -> None:
+    def _fastest(self) -> list[Arm]:
+        """Of each tool, on each workload and over each form of the base, the form that was fastest in the first round, and any near it."""
+        speeds = {arm: results.speed(reports[0]) for arm, reports in self.reports.items()}
+        best: dict[tuple[str, ...], float] = {}
+        for arm, speed in speeds.items():
+            best[arm.contest] = max(speed, best.get(arm.contest, 0.0))
+        return [arm for arm, speed in speeds.items() if speed >= BEHIND * best[arm.contest]]
+
+    def to_a_loss(self, arms: list[Arm], extent: Extent) -> None:
         """Seconds from the start of an arm's process to a held-out loss: halfway between the reference's after its last two steps.
 
         All arms train the same, so all that race get there in the same step; what differs is how long they take to start and to
         compute. Slow arms do not race.
+
+        Args:
+            arms: those that race, if they were measured.
         """
-        racers = [arm for arm in self.reports if arm.workload == "whole" and not (arm.bound or arm.slow)]
-        reference = next((arm for arm in racers if arm.name == REFERENCE), None)
+        racers = [
+            arm for arm in arms if arm in self.reports and arm.workload == "whole" and not (arm.bound or arm.slow)
+        ]
+        reference = next((arm for arm in self.reports if arm.name == REFERENCE and arm.workload == "whole"), None)
         if reference is None or not extent.loss_rounds or self.over():
             return
         held = {"held_out": str(self.files.rows("held_out")), "warmup": 0}

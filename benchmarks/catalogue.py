@@ -43,6 +43,11 @@ class Arm:
         return self.name.removesuffix(f"-{self.base}")
 
     @property
+    def contest(self) -> tuple[str, str, str]:
+        """What it is a form of: forms of one tool on one workload, over one form of the base, are measured against each other."""
+        return self.name.partition("-")[0], self.workload, self.base
+
+    @property
     def label(self) -> str:
         return self.name if self.workload == "whole" else f"{self.name}, {self.workload}"
 
@@ -70,27 +75,29 @@ _FACTORY: dict[str, Any] = {"program": "llamafactory_arm", "environment": FACTOR
 
 
 def forms(workload: str) -> tuple[Arm, ...]:
-    """The bound, and each tool with the step's rows padded to one rectangle and one by one; a short run leaves out what was slower."""
+    """The bound, and each tool with the step's rows padded to one rectangle and one by one; a short run leaves out what was slower.
+
+    LLaMA-Factory, which trains by the same trainer as TRL, is asked on text as people have it, whole and by its answers.
+    """
     at, single = {"workload": workload}, {"micro": 1}
-    padded = (
+    padded = [
         Arm(BOUND, "bare_gemms", **at),
         Arm(LAMINA, "lamina_arm", **at),
         Arm("peft", "peft_loop", PEFT_BEST, **_P, **at),
         Arm("trl-padded", "trl_sft", TRL_BEST, **_P, **at, extra=True),
         Arm("litgpt-padded", settings=LITGPT_BEST | {"micro": 4}, **_LITGPT, **at, extra=True),
         Arm("torchtune-padded", settings=TUNE_BEST | {"micro": 4}, **_TUNE, **at, extra=True),
-        Arm("llamafactory-padded", settings=FACTORY_BEST, **_FACTORY, **at, extra=True),
-    )
-    if workload == "long":  # one row a step
-        return padded
-    return (
-        *padded,
+    ]
+    one_by_one = [
         Arm("peft-single", "peft_loop", PEFT_BEST | single, **_P, **at),
         Arm("trl-single", "trl_sft", TRL_BEST | single, **_P, **at),
         Arm("litgpt-single", settings=LITGPT_BEST | single, **_LITGPT, **at),
         Arm("torchtune-single", settings=TUNE_BEST | single, **_TUNE, **at, extra=True),
-        Arm("llamafactory-single", settings=FACTORY_BEST | single, **_FACTORY, **at, extra=True),
-    )
+    ]
+    if workload in ("whole", "answers"):
+        padded.append(Arm("llamafactory-padded", settings=FACTORY_BEST, **_FACTORY, **at, extra=True))
+        one_by_one.append(Arm("llamafactory-single", settings=FACTORY_BEST | single, **_FACTORY, **at, extra=True))
+    return (*padded, *(one_by_one if workload != "long" else ()))  # which has one row a step
 
 
 ARMS = (
@@ -163,7 +170,7 @@ class Extent:
         return self.warmup, self.steps
 
 
-FULL = Extent(rounds=5, warmup=1, steps=5, slow_rounds=1, slow_steps=2, loss_steps=5, loss_rounds=1)
+FULL = Extent(rounds=3, warmup=1, steps=5, slow_rounds=1, slow_steps=2, loss_steps=5, loss_rounds=1)
 QUICK = Extent(rounds=2, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)
 GPU = Extent(rounds=2, warmup=2, steps=5, slow_rounds=1, slow_steps=5, loss_steps=0, loss_rounds=0, slow_warmup=2)
 SMOKE = Extent(rounds=1, warmup=1, steps=2, slow_rounds=1, slow_steps=1, loss_steps=2, loss_rounds=1)

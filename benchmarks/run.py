@@ -2,7 +2,8 @@
 
 Every arm trains the same rows in the same steps from the same adapter, in a process of its own, and the arms take turns:
 A B C A B C ... What a machine does meanwhile then falls on all of them, and ratios within a run mean something where
-absolute times do not. An arm's row is written only if its gates (gates.py) pass.
+absolute times do not. After the first round only each tool's fastest form goes on. An arm's row is written only if its gates
+(gates.py) pass.
 """
 
 import argparse
@@ -61,8 +62,7 @@ def compare(options: argparse.Namespace) -> None:
         bench.files = files = wanted.result()
     if files.about.startswith("random"):
         print("guanaco-llama2-1k, gsm8k and the Llama-2 tokenizer are not in ../shared/data: rows are random tokens")
-    bench.rounds(arms, extent)
-    bench.to_a_loss(extent)
+    bench.to_a_loss(bench.rounds(arms, extent, all_on=bool(options.only)), extent)
     if not bench.reports:
         sys.exit("nothing was measured")
     fixed = {"date": date, "commit": commit, "run": run, "machine": machine.machine(device)}
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--base", default="bf16", help="of a profile: bf16, int8, fp8, nf4, with commas between")
     parser.add_argument("--no-gates", action="store_true", help="skip the gates; nothing is written then")
     options = parser.parse_args()
-    options.workload = options.workload or ("whole" if options.quick else "whole,answers")
+    options.workload = options.workload or ("whole" if options.quick else "all")
     if options.mode == "profile":
         name = "tiny" if options.tiny else options.model
         refuse_without_gpu(name)

@@ -204,6 +204,25 @@ def test_no_measurement_starts_when_the_time_is_up(
     assert made.reports == {} and "left out: the time is up" in capsys.readouterr().out
 
 
+def test_after_the_first_round_each_tool_goes_on_in_its_fastest_forms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, catalogue = module("bench"), module("catalogue")
+    monkeypatch.setattr(bench, "BUILD", tmp_path)
+    monkeypatch.setattr(bench.results, "speed", lambda speed: speed)
+    made = bench.Bench(None, "r")
+    speeds = {"bare-gemms": 700, "lamina": 600, "lamina-int8": 900, "peft": 300, "peft-single": 400, "trl-padded": 191}
+    speeds |= {"trl-single": 200, "trl-default": 150, "peft-single-nf4": 100}
+    arms = catalogue.chosen(",".join(speeds), "whole", False)
+    made.reports = {arm: [speeds[arm.name]] for arm in arms}
+    (answers,) = catalogue.chosen("peft", "answers", False)
+    made.reports[answers] = [100]
+    on = made._fastest()
+    beaten = {"peft", "trl-default"}
+    assert {arm.name for arm in on if arm.workload == "whole"} == speeds.keys() - beaten
+    assert answers in on  # alone of its tool on its workload
+
+
 def test_gates_without_their_reference_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, catalogue, workload = module("bench"), module("catalogue"), module("workload")
     monkeypatch.setattr(bench, "BUILD", tmp_path)
