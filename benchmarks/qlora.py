@@ -1,10 +1,10 @@
-"""The benchmark of quantised bases: ``benchmarks/qlora.py seven-b``, ``share``, ``kernels`` or ``gpu``.
+"""The benchmark of quantised bases: ``benchmarks/qlora.py seven-b``, ``merge``, ``share``, ``kernels`` or ``gpu``.
 
 ``seven-b`` loads and trains a checkpoint of Llama-2-7B's true size and compares seconds with a plain read of its files, bytes
-with the plan. ``share`` says what of a step is spent in making numbers from the stored form. ``kernels`` compares the two
-conversions with bitsandbytes'. ``gpu`` draws, loads and trains the 7B and the 70B there (``qlora_gpu.py``), and appends to
-``results/qlora_gpu.csv``. Each other appends rows to ``results/qlora_cpu.csv``, unless the run is ``--tiny`` or of another shape,
-or others took the processors meanwhile.
+with the plan. ``merge`` trains over it by the command line, and merges (``qlora_merge.py``). ``share`` says what of a step is
+spent in making numbers from the stored form. ``kernels`` compares the two conversions with bitsandbytes'. ``gpu`` draws, loads and
+trains the 7B and the 70B there (``qlora_gpu.py``), and appends to ``results/qlora_gpu.csv``. Each other appends rows to
+``results/qlora_cpu.csv``, unless the run is ``--tiny`` or of another shape, or others took the processors meanwhile.
 """
 
 import argparse
@@ -169,6 +169,17 @@ def gpu(options: argparse.Namespace, _: int) -> list[Row]:
     return [show(row) for row in rows_of(Scale.of(options.tiny), folder, options.all, not options.seven)]
 
 
+def merge(options: argparse.Namespace, _: int) -> list[Row]:
+    """A run over Llama-2-7B's shape in NF4, and its merge by each policy."""
+    import checkpoint
+    import qlora_merge
+
+    tiny = replace(workload.TINY, vocabulary=32_000)
+    shape = replace(tiny, layers=3) if options.tiny else checkpoint.LLAMA_2_7B
+    shape = replace(shape, layers=options.layers or shape.layers)
+    return [show(row) for row in qlora_merge.rows_of(options.build, shape, tiny, threads(options))]
+
+
 def times(report: dict[str, Any], what: str, base: str) -> Row:
     return {"what": what, "base": base, "seconds": report["seconds"], "others": report["others"]}
 
@@ -205,14 +216,14 @@ def append(rows: list[Row], options: argparse.Namespace) -> None:
     results.append(options.results or (ON_GPU if there else RESULTS), [fixed | row for row in short], fields)
 
 
-MODES = {"seven-b": seven_b, "share": share, "kernels": kernels, "gpu": gpu}
+MODES = {"seven-b": seven_b, "merge": merge, "share": share, "kernels": kernels, "gpu": gpu}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape: tries the benchmark itself, writes no rows")
-    parser.add_argument("--layers", type=int, help="seven-b: fewer layers than 32; writes no rows")
+    parser.add_argument("--layers", type=int, help="seven-b, merge: fewer layers than 32; writes no rows")
     parser.add_argument("--all", action="store_true", help="seven-b: load in int8 and fp8 too, not in nf4 only")
     parser.add_argument("--rounds", type=int, help=f"rounds to take the minima of, instead of {ROUNDS}")
     parser.add_argument("--build", type=Path, default=machine.ROOT / "build", help="where models are written, and kept")

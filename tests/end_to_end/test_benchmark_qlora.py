@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "qlora_cpu.csv"
 
+TOKENIZER = ROOT.parent / "shared" / "data" / "llama2-tokenizer"
+
 pytestmark = pytest.mark.slow
 
 
@@ -20,6 +22,11 @@ pytestmark = pytest.mark.slow
             "seven-b",
             {"plain read, nf4", "load, nf4", "load, int8", "load, peak, fp8", "train, 0 layers", "train, 2 layers"},
             marks=pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of its processes from /proc"),
+        ),
+        pytest.param(
+            "merge",
+            {"run of 3 steps, nf4", "merge, original, nf4", "merge, dequantised, nf4", "merge, requantised, nf4"},
+            marks=pytest.mark.skipif(not TOKENIZER.is_dir(), reason="llama2-tokenizer is not in ../shared/data"),
         ),
         ("share", {"step, dense", "step, nf4", "making numbers, nf4", "making numbers, fp4", "making numbers, int8"}),
         ("kernels", {"store 64×128, nf4", "dense 64×128, nf4", "store 64×128, fp4", "dense 64×128, fp4"}),
