@@ -27,12 +27,13 @@ class Stopwatch:
         self._charge()
         self._open.append(part)
         self.seconds.setdefault(part, 0.0)
+        ended = False
         try:
             yield
-        except BaseException:
-            self.stopped = self.stopped or part
-            raise
+            ended = True
         finally:
+            if not ended:
+                self.stopped = self.stopped or part
             self._charge()
             self._open.pop()
 
