@@ -71,10 +71,12 @@ class Planned:
     @property
     def without_way(self) -> str:
         """What there is to say where no setting makes it fit."""
+        if self.resumed:
+            return "nothing that a resumed run may change"
         least = self.plan.items["runtime"]
         if least > self.free:
             return f"nothing, for what the process takes beside its tensors is {size(least)} alone"
-        return "nothing that a resumed run may change" if self.resumed else "no setting alone, but a smaller base"
+        return "no setting alone, but a smaller base"
 
     @property
     def enough(self) -> str:

@@ -26,8 +26,8 @@ STEPS = 500
 """Steps that are packed at most: reached only where what follows the last target differs between rows that are equally long,
 or where a step is more than a micro-batch."""
 
-EXAMPLES = 128_000
-"""Examples that are packed at most: fewer steps of more than 256 examples, and of a step that alone takes more, its first ones."""
+EXAMPLES = 64_000
+"""Examples that are packed at most: fewer steps of more than 128 examples, and of a step that alone takes more, its first ones."""
 
 
 @dataclass(frozen=True)
