@@ -18,7 +18,7 @@ from pydantic import Field
 
 from lamina import jobs
 from lamina.errors import ConfigError
-from lamina.section import nearest, section
+from lamina.section import nearest, section, spelt
 from lamina.settings import Layer, Sections, build, parse_toml, read_flags, read_toml, write_toml
 
 VERSION = 1
@@ -77,7 +77,7 @@ def read(path: Path, sections: Sections) -> Layer:
         raise ConfigError(f"{path}: found {error.strerror}, expected a readable job file") from None
     version = tables.pop("version", VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ConfigError(f"{path}: version: found {version!r}, expected {VERSION}")
+        raise ConfigError(f"{path}: version: found {spelt(version)}, expected {VERSION}")
     if version > VERSION:
         raise ConfigError(
             f"{path}: found version = {version}, expected at most {VERSION}: written by a newer version of Lamina; "

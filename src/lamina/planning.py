@@ -7,9 +7,9 @@ another machine is still cut in the same way.
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from lamina.report.console import duration
 from lamina.training.available import available
 from lamina.training.calibrate import calibrate
 from lamina.training.choosing import Choice, candidates, choose
-from lamina.training.heaviest import Heaviest, heaviest, tokens_of
-from lamina.training.loop import Examples, Training
+from lamina.training.heaviest import Heaviest, heaviest, rows_by_step, tokens_of
+from lamina.training.loop import Training
 from lamina.training.plan import Plan, in_process, plan, ranks_of
 from lamina.training.setup import Portion, Setup
 from lamina.ways_out import Cut, Way, of_job, of_run, ways_out
@@ -43,7 +43,7 @@ class Planned:
     Attributes:
         training: the job's, with everything decided.
         heaviest: the micro-batch that the plan is made for.
-        free: bytes that the run may take.
+        free: bytes that the run may take; ``limited`` where ``memory_gib`` says so, not the device.
         seconds: of training, estimated.
         tokens: of all steps.
         resumed: the folder of a run that goes on, which may change little of its job.
@@ -60,6 +60,28 @@ class Planned:
     layers: int
     ways_out: tuple[tuple[str, int], ...] = ()
     resumed: Path | None = None
+    limited: bool = False
+
+    @property
+    def beyond(self) -> str:
+        """What does not fit, and into what."""
+        room = f"--memory-gib allows {size(self.free)}" if self.limited else f"{self.device} has {size(self.free)} free"
+        return f"the run needs {size(self.plan.total)} and {room}"
+
+    @property
+    def without_way(self) -> str:
+        """What there is to say where no setting makes it fit."""
+        if self.resumed:
+            return "nothing that a resumed run may change"
+        least = self.plan.items["runtime"]
+        if least > self.free:
+            return f"nothing, for what the process takes beside its tensors is {size(least)} alone"
+        return "no setting alone, but a smaller base"
+
+    @property
+    def enough(self) -> str:
+        """The flag under which the run is tried all the same."""
+        return f"--memory-gib {math.ceil(self.plan.total / GIB * 11) / 10}"
 
     def lines(self) -> Iterator[str]:
         """The plan for people: the choice, the table, the time."""
@@ -69,10 +91,11 @@ class Planned:
             f"memory plan, for the heaviest micro-batch: {len(batch.tokens):,} tokens (the longest example {max(batch.lengths):,}, "
             f"{batch.supervised:,} with a loss); micro-batches of at most {training.portion:,} tokens, {twice} computed twice"
         )
-        for name, size in self.plan.items.items():
-            yield f"  {name:<12}{_size(size):>11}"
-        of = f"of {_size(self.free)} free on {self.device}; the peak is at: {self.plan.peak.name}"
-        yield f"  {'total':<12}{_size(self.plan.total):>11} {of}"
+        for name, taken in self.plan.items.items():
+            yield f"  {name:<12}{size(taken):>11}"
+        room = "that --memory-gib allows" if self.limited else "free"
+        of = f"of {size(self.free)} {room} on {self.device}; the peak is at: {self.plan.peak.name}"
+        yield f"  {'total':<12}{size(self.plan.total):>11} {of}"
         if self.seconds:
             rate = self.tokens / self.seconds
             yield f"time: about {duration(self.seconds)} of training, {rate:,.0f} tokens/s, from timing one layer here"
@@ -86,11 +109,9 @@ class Planned:
         if self.fits:
             return
         command = f"lamina train --resume {self.resumed} " if self.resumed else ""
-        ways = "; ".join(f"{command}{flags} ({_size(size)})" for flags, size in self.ways_out)
-        none = "nothing that a resumed run may change" if self.resumed else "no setting alone, but a smaller base"
+        ways = "; ".join(f"{command}{flags} ({size(taken)})" for flags, taken in self.ways_out)
         raise TrainingError(
-            f"the run needs {_size(self.plan.total)} and {self.device} has {_size(self.free)} free; what would fit: "
-            f"{ways or none}; to try it all the same: {command}--memory-gib {math.ceil(self.plan.total / GIB * 11) / 10}"
+            f"{self.beyond}; what would fit: {ways or self.without_way}; to try it all the same: {command}{self.enough}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -101,7 +122,7 @@ class Planned:
             "moment": self.plan.peak.name,
             "available_bytes": self.free,
             "fits": self.fits,
-            "ways_out": [{"flags": flags, "total_bytes": size} for flags, size in self.ways_out],
+            "ways_out": [{"flags": flags, "total_bytes": taken} for flags, taken in self.ways_out],
             "device": self.device,
             "micro_batch_tokens": self.training.portion,
             "checkpoint_layers": self.training.checkpoint_layers,
@@ -131,7 +152,10 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True, resumed: 
     """
     device = pick_device(job.model.device)
     free = _free(job, device)
-    needs = _Needs(job, base, data.train, data.train.lengths, device.type)
+    lengths = data.train.lengths
+    steps = rows_by_step(lengths, job.train, job.head.seed, order_of(job, lengths))
+    found_in = lru_cache(partial(heaviest, data.train, lengths, steps))
+    needs = _Needs(job, base, int(lengths.max()), found_in, device.type)
     choice, found, fits = needs.choose(free)
     if choice.checkpointed or job.train.optimizer != "adamw":
         # These load it at their first use: then it would be taken from what was free here.
@@ -139,8 +163,7 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True, resumed: 
         free = _free(job, device)
         choice, found, fits = needs.choose(free)
     training = replace(job.train, micro_batch_tokens=choice.tokens, checkpoint_layers=choice.checkpointed)
-    lengths = data.train.lengths
-    tokens = tokens_of(lengths, job.train, job.head.seed, order_of(job, lengths))
+    tokens = tokens_of(steps, lengths, job.train)
     layers = needs.setup.architecture.layers
     seconds = 0.0
     if fits and timed:
@@ -149,25 +172,29 @@ def plan_run(job: Job, base: Path, data: Prepared, timed: bool = True, resumed: 
         lowest = min(int(path.split(".")[2]) for path in needs.setup.ranks)
         targets = round(tokens * data.report.learnt)
         seconds = pace.seconds(tokens, targets, layers, choice.checkpointed, lowest)
-    ways = () if fits else _ways_out(job, base, data, device.type, free, bool(resumed))
-    batch = needs.heaviest(choice.tokens).first
-    return Planned(found, training, batch, fits, free, device.type, seconds, tokens, layers, ways, resumed)
+    ways = () if fits else _ways_out(needs, data, steps, free, bool(resumed))
+    batch = found_in(choice.tokens).first
+    limited = job.train.memory_gib is not None
+    return Planned(found, training, batch, fits, free, device.type, seconds, tokens, layers, ways, resumed, limited)
 
 
 def _ways_out(
-    job: Job, base: Path, data: Prepared, device: str, free: int, resumed: bool
+    of: "_Needs", data: Prepared, steps: NDArray[np.int64], free: int, resumed: bool
 ) -> tuple[tuple[str, int], ...]:
     """What would fit, of what may be changed."""
-    lengths = data.train.lengths
-    longest = int(lengths.max())
+    job, base, device = of.job, of.base, of.device
+    if of.setup.runtime > free:
+        return ()
 
     def needed(way: Way) -> int:
-        rows = Cut(data.train, lengths, way.longest or longest)
-        changed = _Needs(way.of(job), base, rows if way.longest else data.train, rows.lengths, device)
-        return changed.choose(free)[1].total
+        longest, found_in = of.longest, of.heaviest
+        if way.longest:
+            rows = Cut(data.train, data.train.lengths, way.longest)
+            longest, found_in = int(rows.lengths.max()), lru_cache(partial(heaviest, rows, rows.lengths, steps))
+        return _Needs(way.of(job), base, longest, found_in, device).choose(free)[1].total
 
     plain = form_of_folder(base, replace(job.model, base=None)) is None
-    return ways_out(of_run(job, device) if resumed else of_job(job, longest, device, plain), needed, free)
+    return ways_out(of_run(job, device) if resumed else of_job(job, of.longest, device, plain), needed, free)
 
 
 def _free(job: Job, device: torch.device) -> int:
@@ -179,19 +206,25 @@ def compared(planned: Planned, measured: int) -> str:
     """The plan beside the peak that was measured, in a line."""
     share = measured / planned.plan.total
     return (
-        f"memory: planned {_size(planned.plan.total)}, measured {_size(measured)} at its peak ({share:.0%} of the plan)"
+        f"memory: planned {size(planned.plan.total)}, measured {size(measured)} at its peak ({share:.0%} of the plan)"
     )
 
 
-def _size(number: int) -> str:
+def size(number: int) -> str:
+    """Bytes for people."""
     return f"{number / GIB:,.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:,.1f} MiB"
 
 
 class _Needs:
-    """What a job needs, as a function of the choice."""
+    """What a job needs, as a function of the choice.
 
-    def __init__(self, job: Job, base: Path, rows: Examples, lengths: NDArray[np.int64], device: str) -> None:
-        self.job, self.rows, self.lengths = job, rows, lengths
+    Args:
+        longest: tokens of the longest example.
+        heaviest: the micro-batches of the run that a budget of tokens makes.
+    """
+
+    def __init__(self, job: Job, base: Path, longest: int, heaviest: Callable[[int], Heaviest], device: str) -> None:
+        self.job, self.base, self.longest, self.heaviest, self.device = job, base, longest, heaviest, device
         architecture = read_config(base)
         form = form_of_folder(base, job.model)
         setup = Setup(
@@ -206,12 +239,11 @@ class _Needs:
             ledger=job.watch.ledger_every > 0,
         )
         self.setup = in_process(setup)
-        self.heaviest = lru_cache(self._heaviest)
 
     def choose(self, free: int) -> tuple[Choice, Plan, bool]:
         """The best choice that fits, within what the settings fix."""
-        training, longest = self.job.train, int(self.lengths.max())
-        every = candidates(self.setup.device, longest, self.setup.architecture.layers, self.setup.dropout)
+        training = self.job.train
+        every = candidates(self.setup.device, self.longest, self.setup.architecture.layers, self.setup.dropout)
         fixed = (
             Choice(training.micro_batch_tokens or one.tokens, one.checkpointed if of is None else of)
             for one in every
@@ -229,7 +261,3 @@ class _Needs:
             if batch is not None
         ]
         return plan(self.setup, *portions)
-
-    def _heaviest(self, tokens: int) -> Heaviest:
-        order = order_of(self.job, self.lengths)
-        return heaviest(self.rows, self.lengths, self.job.train, self.job.head.seed, tokens, order)

@@ -16,8 +16,10 @@ and Python say it alike. What contradicts something else is the section's own af
 raises ``ConfigError`` or ``ValueError``. ``settings.py`` turns the fields into TOML, flags and help.
 """
 
+import datetime
 import difflib
 import functools
+import re
 import types
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, dataclass_transform, get_args, get_origin
@@ -32,6 +34,10 @@ from lamina.errors import ConfigError
 C = TypeVar("C")
 _CONFIG = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True)
 _NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", types.NoneType: "none"}
+BARE = re.compile("[A-Za-z0-9_-]+")
+"""A key that needs no quotes."""
+UTF8 = "UTF-8 text"
+"""What text is that a file of settings can hold; the name of a file may be other bytes."""
 _PLURALS = {int: "integers", float: "numbers", str: "texts", bool: "truth values"}
 
 
@@ -84,12 +90,31 @@ def _by_setting(
         elif problem["type"] == "value_error":
             found[name] = problem["msg"].removeprefix("Value error, ")
         elif problem["type"] == "string_pattern_mismatch":
-            found[name] = f"found {values[name]!r}, expected text that matches {problem['ctx']['pattern']}"
+            found[name] = f"found {spelt(values[name])}, expected text that matches {problem['ctx']['pattern']}"
+        elif problem["type"] == "string_unicode":
+            found[name] = f"found {spelt(values[name])}, expected {UTF8}"
         elif problem["type"] == "missing":
             found[name] = f"found nothing, expected {expected(fields[name])}"
         else:
-            found[name] = f"found {values[name]!r}, expected {expected(fields[name])}"
+            found[name] = f"found {spelt(values[name])}, expected {expected(fields[name])}"
     return found
+
+
+def spelt(value: Any) -> str:
+    """A value as a file would have it, where a file can hold it."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case tuple() | list():
+            return f"[{', '.join(map(spelt, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{key if BARE.fullmatch(str(key)) else repr(key)} = {spelt(item)}' for key, item in value.items())}}}"
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case _:
+            return repr(value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -144,7 +169,7 @@ def _range(metadata: Iterable[Any]) -> str:
             case annotated_types.Gt(bound):
                 bounds.append(f"> {bound}")
             case annotated_types.Le(bound):
-                bounds.append(f"≤ {bound}")
+                bounds.append(f"≤ {bound:,}")
             case annotated_types.Lt(bound):
                 bounds.append(f"< {bound}")
     return " " + " and ".join(bounds) if bounds else ""

@@ -12,6 +12,8 @@ Rejected: one library for all of it, see docs/decisions/0002-settings.md.
 """
 
 import argparse
+import ast
+import codecs
 import json
 import re
 import textwrap
@@ -25,10 +27,12 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from lamina.errors import ConfigError
-from lamina.section import SectionError, arms, expected, nearest
+from lamina.section import UTF8, SectionError, arms, expected, nearest, spelt
 
 Sections = Mapping[str, type]
 _WIDTH = 110
+_KEY = re.compile(r"\((?:(?:'[^']*'|\"[^\"]*\"),? ?)+\)")
+"""The name of a table as tomllib's messages have it: ('train',)."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def parse_toml(data: bytes, name: str) -> dict[str, Any]:
         ConfigError: the file is not UTF-8, or not TOML, with the line.
     """
     try:
+        data = data.removeprefix(codecs.BOM_UTF8)  # Windows writes this mark at the beginning of a file
         return tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
@@ -118,7 +123,7 @@ def parse_toml(data: bytes, name: str) -> dict[str, Any]:
         text = str(error)
         place = re.search(r" \(at line (\d+), column \d+\)", text)
         line = int(place[1]) if place else data.count(b"\n") + 1
-        why = re.sub(r" \(at .*\)$", "", text)
+        why = _KEY.sub(lambda key: f"[{'.'.join(ast.literal_eval(key[0]))}]", re.sub(r" \(at .*\)$", "", text))
         raise ConfigError(f"{name}:{line}: found broken TOML ({why}), expected lines such as: rank = 16") from None
 
 
@@ -138,7 +143,7 @@ def read_toml(tables: Mapping[str, Any], sections: Sections, name: str) -> Layer
             values[key] = value
             problems += [f"[{key}] {n}: {_misplaced(n, key, known)}" for n in value if n not in known[key]]
         elif key in sections and key:
-            problems.append(f"{key}: found {value!r}, expected a table [{key}]")
+            problems.append(f"{key}: found {spelt(value)}, expected a table [{key}]")
         elif key in known.get("", ()):
             values[""][key] = value
         elif isinstance(value, dict):
@@ -246,7 +251,8 @@ def read_flags(given: argparse.Namespace, sections: Sections) -> Layer:
         except ValidationError as error:
             patterns = [problem["ctx"]["pattern"] for problem in error.errors() if "pattern" in problem.get("ctx", {})]
             wanted = f"text that matches {patterns[0]}" if patterns else expected(setting.field)
-            problems.append(f"{setting.flag}: found {text!r}, expected {wanted}")
+            broken = any(problem["type"] == "string_unicode" for problem in error.errors())
+            problems.append(f"{setting.flag}: found {text!r}, expected {UTF8 if broken else wanted}")
     if problems:
         raise ConfigError("; ".join(problems))
     return Layer(values, lambda setting: setting.flag)

@@ -170,7 +170,7 @@ def test_a_mistake_is_told_in_one_line(arguments: list[str], told: str, capsys: 
             "version = 2\nwonder = 3\n",
             "found version = 2, expected at most 1: written by a newer version of Lamina; upgrade",
         ),
-        ("version = true\n", "version: found True, expected 1"),
+        ("version = true\n", "version: found true, expected 1"),
         (
             "version = 1\n[adapter]\nrnak = 3\n",
             "[adapter] rnak: is no setting; did you mean rank? (known: alpha, alpha_pat",

@@ -33,6 +33,7 @@ from lamina.opened import card_of, neutral_of, open_run
 from lamina.report.record import read_metrics
 from lamina.run import fine_tune, resume
 from lamina.training.loop import Training
+from lamina.training.plan import LIBRARIES, WRITER
 from lamina.training.resume import locked
 
 pytestmark = pytest.mark.usefixtures("no_page", "untimed")
@@ -281,7 +282,7 @@ def test_what_is_stored_quantised_is_not_quantised_anew_where_it_does_not_fit(pl
                 tmp_path,
                 tmp_path / "run",
                 data=DataSettings(data=str(place / "rows.jsonl")),
-                train=Training(memory_gib=0.001),
+                train=Training(memory_gib=(LIBRARIES["cpu"] + WRITER + 1000) / 2**30),  # what the process itself takes
             )
         )
 

@@ -218,7 +218,7 @@ def test_rank_larger_than_a_matrix() -> None:
         ({"rank": 0}, "rank: found 0, expected an integer ≥ 1"),
         ({"alpha": 0.0}, "alpha: found 0.0, expected a number > 0"),
         ({"dropout": 1.0}, "dropout: found 1.0, expected a number ≥ 0 and < 1"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: found {'q_proj': 0}"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: found {q_proj = 0}"),
         ({"r": 8}, "r: is no setting"),
     ],
 )

@@ -174,13 +174,13 @@ def test_other_ways_to_draw_do_not_matter(saved: Path, way: object) -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"r": None}, "rank: found None, expected an integer ≥ 1"),
+        ({"r": None}, "rank: found none, expected an integer ≥ 1"),
         (
             {"r": "8", "lora_alpha": -1},
             "rank: found '8', expected an integer ≥ 1; alpha: found -1, expected a number > 0",
         ),
-        ({"target_modules": None}, "targets: found None, expected a list of texts"),
-        ({"target_modules": {"q_proj": 1}}, "targets: found {'q_proj': 1}, expected a list of texts"),
+        ({"target_modules": None}, "targets: found none, expected a list of texts"),
+        ({"target_modules": {"q_proj": 1}}, "targets: found {q_proj = 1}, expected a list of texts"),
         ({"layers_to_transform": [-1]}, "layers: found '-1', expected text that matches"),
     ],
 )

@@ -141,13 +141,19 @@ def test_a_written_file_names_and_documents_every_setting() -> None:
         ("sed = 8", "job.toml: sed: is no setting; did you mean seed? (known: seed)"),
         ("[layer]\nrank = 8", "job.toml: [layer]: is no section; did you mean layers? (known: layers, steps)"),
         ("layers = 3", "job.toml: layers: found 3, expected a table [layers]"),
+        ("layers = [true]", "job.toml: layers: found [true], expected a table [layers]"),
+        ("[layers]\nrank = [1]", "job.toml: [layers] rank: found [1], expected an integer ≥ 1"),
+        ("[layers]\nrank = {a = 1, 'b c' = 'x'}", "job.toml: [layers] rank: found {a = 1, 'b c' = 'x'}, expected an"),
+        ("seed = 2024-01-01T10:00:00Z", "job.toml: seed: found 2024-01-01T10:00:00+00:00, expected an integer"),
+        ("[steps]\n[steps]\n", "job.toml:2: found broken TOML (Cannot declare [steps] twice), expected lines such as"),
+        ("[a.'b c']\n[a.'b c']\n", "job.toml:2: found broken TOML (Cannot declare [a.b c] twice), expected lines"),
         (
             "[layers]\nrank = 'a'\n[steps]\nbetas = 1\n",
             "job.toml: [layers] rank: found 'a', expected an integer ≥ 1; job.toml: [steps] betas: found 1, expected a",
         ),
         (
             "[steps]\nrate = 2024-01-01",
-            "job.toml: [steps] rate: found datetime.date(2024, 1, 1), expected a number > 0",
+            "job.toml: [steps] rate: found 2024-01-01, expected a number > 0",
         ),
         (
             "seed = 1\nrank 8\n",
@@ -163,6 +169,12 @@ def test_a_file_that_is_wrong_is_refused_with_the_place(text: str, message: str)
 def test_a_file_that_is_not_utf8_is_refused_with_the_line() -> None:
     with pytest.raises(ConfigError, match="^job.toml:2: found the byte 0xe9, expected UTF-8 text$"):
         parse_toml("seed = 1\n# caf\u00e9".encode("latin-1"), "job.toml")
+
+
+def test_a_mark_that_windows_writes_at_the_beginning_is_no_fault() -> None:
+    assert parse_toml("seed = 1\n".encode("utf-8-sig"), "job.toml") == {"seed": 1}
+    with pytest.raises(ConfigError, match="^job.toml:2: found the byte 0xe9, expected UTF-8 text$"):
+        parse_toml(b"\xef\xbb\xbfseed = 1\n# caf\xe9", "job.toml")
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults() -> None:
@@ -228,8 +240,18 @@ def test_a_flag_that_misses_its_pattern_names_it() -> None:
     )
 
 
+def test_text_that_no_file_can_hold_is_told_as_such() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, {"texts": Texts})
+    with pytest.raises(ConfigError) as caught:
+        read_flags(parser.parse_args(["--data", "data/l\udce9.jsonl"]), {"texts": Texts})
+    assert str(caught.value) == r"--data: found 'data/l\udce9.jsonl', expected UTF-8 text"
+    with pytest.raises(ConfigError, match="^data: found .*, expected UTF-8 text$"):
+        Texts(data="data/l\udce9.jsonl")
+
+
 def test_what_only_the_section_refuses_names_the_flag_too() -> None:
-    with pytest.raises(ConfigError, match="^--betas: found \\(nan, nan\\), expected a list of 2 numbers$"):
+    with pytest.raises(ConfigError, match="^--betas: found \\[nan, nan\\], expected a list of 2 numbers$"):
         from_flags("--betas", "nan,nan")
 
 

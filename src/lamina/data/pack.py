@@ -56,10 +56,18 @@ def pack(examples: Sequence[Rendered], budget: int) -> list[Batch]:
     Raises:
         DataError: an example without any token to learn.
     """
-    kept = [_kept(example) for example in examples]
+    kept = [kept_of(example) for example in examples]
+    return [
+        _batch([examples[index] for index in members], [kept[index] for index in members])
+        for members in bins_of(kept, budget)
+    ]
+
+
+def bins_of(kept: Sequence[int], budget: int) -> list[list[int]]:
+    """Which examples, of so many inputs each, ``pack`` brings together; the heaviest batch first."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (room left, bin), sorted
-    for index in sorted(range(len(examples)), key=lambda index: (-kept[index], index)):
+    for index in sorted(range(len(kept)), key=lambda index: (-kept[index], index)):
         place = bisect.bisect_left(room, (kept[index], -1))
         if place < len(room):
             left, number = room.pop(place)
@@ -69,11 +77,15 @@ def pack(examples: Sequence[Rendered], budget: int) -> list[Batch]:
         bins[number].append(index)
         bisect.insort(room, (left - kept[index], number))
     bins.sort(key=lambda members: (-sum(kept[index] for index in members), members[0]))
-    return [_batch([examples[index] for index in members], [kept[index] for index in members]) for members in bins]
+    return bins
 
 
-def _kept(example: Rendered) -> int:
-    """Inputs up to the one that predicts the last target: as many as that target's index."""
+def kept_of(example: Rendered) -> int:
+    """Inputs of an example up to the one that predicts its last target: as many as that target's index.
+
+    Raises:
+        DataError: an example without any token to learn.
+    """
     trained = np.flatnonzero(example.trained)
     if not len(trained) or not trained[-1]:
         raise DataError(f"row {example.row}: nothing to learn, expected at least one trained token after the first")

@@ -41,7 +41,7 @@ class Counts:
         tokens, learnt: of the training rows; ``byte`` are those that stand for a byte of a character without a token.
         unknown_rows: rows that hold the token for what is unknown, ``byte_rows`` those with many byte tokens.
         no_start_rows: rows that begin without the token that begins a text, ``double_start_rows`` hold a second one in one block.
-        repeats: training rows whose tokens stand in an earlier one.
+        repeats: training rows whose tokens, of all their pieces, stand in an earlier one.
         shared_prompts: held-out rows whose prompt also stands in training.
         texts: the beginnings of some rows that are learnt from their first token.
     """
@@ -112,9 +112,13 @@ def count(data: Prepared, tokenizer: Any) -> Counts:
         byte, unknown = byte + int(kinds[1]), unknown + int(kinds[2])
         for name in of.about(row, kinds):
             about[name].append(row.row)
-        contents.append(hash(row.tokens.tobytes()))
+        content = hash(row.tokens.tobytes())
+        if numbers and numbers[-1] == row.row:  # one more piece of a row that was cut into pieces
+            contents[-1] = hash((contents[-1], content))
+        else:
+            contents.append(content)
+            numbers.append(row.row)
         prompts.append(_prompt(row))
-        numbers.append(row.row)
         if row.trained[1:2].all() and len(texts) < SAMPLED:
             texts.append(str(tokenizer.decode(row.tokens[:256].tolist())))
     rows = {name: tuple(dict.fromkeys(found)) for name, found in about.items()}

@@ -179,6 +179,7 @@ def schedule(case: Case) -> Iterator[Finding]:
 def steps(case: Case) -> Iterator[Finding]:
     """Too few steps, or too many passes, for these rows."""
     train, rows = case.job.train, case.report.train_rows
+    name = "example" if case.report.long == "split" else "row"  # a row may be several examples
     if not rows:
         return
     epochs = case.steps * train.batch_size / rows if train.steps else train.epochs
@@ -187,10 +188,10 @@ def steps(case: Case) -> Iterator[Finding]:
         yield Finding(
             "few-steps",
             "warning",
-            f"{counted(case.steps, 'step')} of {counted(train.batch_size, 'example')} over {counted(rows, 'row')}",
+            f"{counted(case.steps, 'step')} of {counted(train.batch_size, 'example')} over {counted(rows, name)}",
             "AdamW and the schedule need some dozens of steps; so few teach little but the form of the answers",
             " or ".join(
-                ([f"--batch-size {smaller}"] if smaller < train.batch_size else [])
+                ([f"--batch-size {smaller}"] if smaller < train.batch_size and not train.steps else [])
                 + [
                     f"--steps {2 * FEW_STEPS}"
                     if train.steps
@@ -202,7 +203,7 @@ def steps(case: Case) -> Iterator[Finding]:
         yield Finding(
             "many-epochs",
             "warning",
-            f"{epochs:,.3g} passes over {counted(rows, 'row')}",
+            f"{epochs:,.3g} passes over {counted(rows, name)}",
             "from the third or so on the rows are memorised, and the held-out loss rises",
             f"--{'steps ' + str(max(FEW_STEPS, round(3 * rows / train.batch_size))) if train.steps else 'epochs 3'}, or --patience 2, "
             "which stops when the held-out loss no longer falls",
@@ -211,7 +212,7 @@ def steps(case: Case) -> Iterator[Finding]:
         yield Finding(
             "rows-never-seen",
             "note",
-            f"the run takes {case.steps * train.batch_size:,} of {rows:,} rows",
+            f"the run takes {case.steps * train.batch_size:,} of {counted(rows, name)}",
             "the others are read, and never trained on",
             f"--steps {math.ceil(rows / train.batch_size)} for one pass" if train.steps else "--epochs 1 for one pass",
         )

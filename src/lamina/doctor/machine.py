@@ -1,13 +1,12 @@
 """Rules about the machine: memory, precisions, and settings that have no effect on it."""
 
-import math
 from collections.abc import Iterator
 
 from lamina.doctor.case import Case
 from lamina.doctor.finding import Finding
 from lamina.model.weights import pick_device
+from lamina.planning import size
 
-GIB = 2**30
 BF16_SINCE = (8, 0)
 """The compute capability (Ampere) from which on a GPU multiplies bf16 in hardware."""
 
@@ -17,14 +16,14 @@ def memory(case: Case) -> Iterator[Finding]:
     planned = case.planned
     if planned is None or planned.fits:
         return
-    ways = "; or ".join(f"{flags} ({size / GIB:,.2f} GiB)" for flags, size in planned.ways_out)
+    ways = "; or ".join(f"{flags} ({size(taken)})" for flags, taken in planned.ways_out)
+    smaller = "a smaller base; or, " if planned.plan.items["runtime"] <= planned.free else ""
     yield Finding(
         "memory",
         "error",
-        f"the run needs {planned.plan.total / GIB:,.2f} GiB and {planned.device} has {planned.free / GIB:,.2f} GiB free",
+        planned.beyond,
         "it would be refused before its first step, or end when memory runs out",
-        ways
-        or f"a smaller base; or, to try it all the same, --memory-gib {math.ceil(planned.plan.total / GIB * 11) / 10}",
+        ways or f"{smaller}to try it all the same, {planned.enough}",
     )
 
 

@@ -120,9 +120,12 @@ def free_place(out: Path) -> Path:
     """The absolute path of a folder that is absent or empty.
 
     Raises:
-        CheckpointError: something is there.
+        CheckpointError: something is there, or what is to hold the folder is a file.
     """
     out = Path(os.path.abspath(out))
+    above = next(folder for folder in out.parents if folder.exists())
+    if not above.is_dir():
+        raise CheckpointError(f"{out}: {above} is a file, expected a folder; name another place as --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not an empty folder; name another place as --out")
     return out

@@ -46,7 +46,8 @@ def damage(model: Decoder) -> str:
     bad += [name for name, module in quantised if not finite(module.form.dense())]
     if not bad:
         return ""
-    return f"the base itself is damaged, with non-finite numbers in {bad[0]} and {len(bad) - 1} more: get it anew"
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    return f"the base itself is damaged, with non-finite numbers in {bad[0]}{more}: get it anew"
 
 
 def refuse_broken_adapter(model: Decoder, step: int) -> None:

@@ -4,22 +4,30 @@ What a step can weigh at most follows from the lengths of its rows alone, for al
 heavier than the heaviest found so far are packed in earnest.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.data.pack import Batch, pack
+from lamina.data.pack import Batch, bins_of, kept_of, pack
 from lamina.training.loop import Examples, Training
 from lamina.training.order import Order, shuffled
 
 PLACES = 10_000_000
 """Examples that are looked at, those of the first steps; beyond, a run meets the same rows in other company."""
 
+EPOCHS = 10_000
+"""Epochs that are looked at: of fewer than a thousand rows, so many hold fewer places. A single step that takes more passes than
+that goes through these again."""
+
 STEPS = 500
-"""Steps that are packed at most: reached only where what follows the last target differs between rows that are equally long."""
+"""Steps that are packed at most: reached only where what follows the last target differs between rows that are equally long,
+or where a step is more than a micro-batch."""
+
+EXAMPLES = 64_000
+"""Examples that are packed at most: fewer steps of more than 128 examples, and of a step that alone takes more, its first ones."""
 
 
 @dataclass(frozen=True)
@@ -33,59 +41,68 @@ class Heaviest:
 def rows_by_step(
     lengths: NDArray[np.int64], training: Training, seed: int, order: Order = shuffled
 ) -> NDArray[np.int64]:
-    """The rows of each step, [steps, batch size]; -1 where a last step is short."""
-    count, size = len(lengths), training.batch_size
-    total = training.total_steps(count) * size
+    """The rows of each step, [steps, examples of a step]; -1 where a last step is short."""
+    count, total = len(lengths), training.total_steps(len(lengths)) * training.batch_size
     last = total if training.steps else min(total, max(1, round(count * training.epochs)))
-    places = min(last, PLACES // size * size or size)
-    epochs = [order(seed, epoch, count) for epoch in range(-(-places // count))]
-    rows = np.concatenate(epochs)[:places]
+    size = min(training.batch_size, last)  # the only step may be short
+    looked = min(PLACES, EPOCHS * count)
+    places = min(last, max(size, looked // size * size))
+    epochs = [order(seed, epoch, count) for epoch in range(min(-(-places // count), EPOCHS))]
+    rows = np.resize(np.concatenate(epochs), places)
     return np.concatenate([rows, np.full(-len(rows) % size, -1)]).reshape(-1, size)
 
 
-def tokens_of(lengths: NDArray[np.int64], training: Training, seed: int, order: Order = shuffled) -> int:
-    """Tokens of all steps."""
-    rows = rows_by_step(lengths, training, seed, order)
+def tokens_of(rows: NDArray[np.int64], lengths: NDArray[np.int64], training: Training) -> int:
+    """Tokens of all steps, of which these rows are the first."""
     counted = int(np.where(rows >= 0, lengths[rows], 0).sum())
     return counted * training.total_steps(len(lengths)) // len(rows)
 
 
-def heaviest(
-    examples: Examples,
-    lengths: NDArray[np.int64],
-    training: Training,
-    seed: int,
-    budget: int,
-    order: Order = shuffled,
-) -> Heaviest:
+def heaviest(examples: Examples, lengths: NDArray[np.int64], rows: NDArray[np.int64], budget: int) -> Heaviest:
     """Finds the heaviest micro-batches of a run with so many tokens in a micro-batch.
 
     Args:
         lengths: tokens of every example.
-        training: how many examples make up a step, and how many steps there are.
-        order: of the examples in an epoch.
+        rows: of each step, as ``rows_by_step`` has them.
     """
-    rows = rows_by_step(lengths, training, seed, order)
     sizes = np.where(rows >= 0, lengths[rows] - 1, 0)  # the last token predicts nothing
     most = np.maximum(sizes.max(1), np.minimum(sizes.sum(1), budget))  # of the step's heaviest micro-batch
-    first: Batch | None = None
-    later: Batch | None = None
-    for step in islice(_falling(most), STEPS):
-        if first is not None and len(first.tokens) >= most[step]:
+    known: dict[int, tuple[int, int]] = {}  # inputs and targets of the rows that were met
+    first, later = _Found(), _Found()
+    for step in islice(_falling(most), max(1, min(STEPS, EXAMPLES // rows.shape[1]))):
+        if first.rows and first.inputs >= most[step]:
             break
-        batches = pack([examples[int(row)] for row in rows[step] if row >= 0], budget)
-        first = _heavier(first, batches[0])
-        later = _heavier(later, batches[1]) if len(batches) > 1 else later
-    assert first is not None, "a run has a step"
-    return Heaviest(first, later)
+        taken = [int(row) for row in rows[step, :EXAMPLES] if row >= 0]
+        for row in set(taken) - set(known):
+            known[row] = kept_of(example := examples[row]), int(np.count_nonzero(example.trained[1:]))
+        bins = bins_of([known[row][0] for row in taken], budget)
+        first = max(first, _found(taken, bins[0], known), key=_Found.weight)
+        later = max(later, _found(taken, bins[1], known), key=_Found.weight) if len(bins) > 1 else later
+    return Heaviest(_packed(examples, first, budget), _packed(examples, later, budget) if later.rows else None)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A micro-batch: how heavy it is, and its rows."""
+
+    inputs: int = 0
+    targets: int = 0
+    rows: tuple[int, ...] = ()
+
+    def weight(self) -> tuple[int, int]:
+        """By its inputs, and by its targets where they are equal."""
+        return self.inputs, self.targets
+
+
+def _found(taken: list[int], members: list[int], known: Mapping[int, tuple[int, int]]) -> _Found:
+    rows = tuple(taken[place] for place in members)
+    return _Found(sum(known[row][0] for row in rows), sum(known[row][1] for row in rows), rows)
+
+
+def _packed(examples: Examples, found: _Found, budget: int) -> Batch:
+    (batch,) = pack([examples[row] for row in found.rows], budget)
+    return batch
 
 
 def _falling(values: NDArray[np.int64]) -> Iterator[int]:
     return (int(place) for place in np.argsort(-values, kind="stable"))
-
-
-def _heavier(one: Batch | None, other: Batch) -> Batch:
-    """The one with more inputs, and with more targets where they are equal."""
-    if one is None or (len(other.tokens), other.supervised) > (len(one.tokens), one.supervised):
-        return other
-    return one

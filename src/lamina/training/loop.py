@@ -37,13 +37,13 @@ PORTION = 4096
 class Training:
     """The training: how long, how fast, and in what portions."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
     """Passes over the training rows; not counted when steps is given."""
 
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Optimiser steps; if unset, as many as the epochs need."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Examples per optimiser step. Small batches suit LoRA better than large ones."""
 
     micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None

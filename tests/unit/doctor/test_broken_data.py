@@ -182,6 +182,15 @@ def test_copies_are_told_by_their_rows(base: Path, tmp_path: Path) -> None:
     assert found(base, rows, eval_fraction=0.0)["repeated-rows"].rows == tuple(range(481, 521))
 
 
+def test_copies_are_told_by_their_rows_where_rows_are_cut_into_pieces(base: Path, tmp_path: Path) -> None:
+    long = {"text": "cat sat on a mat " * 400}
+    other = {"text": "cat sat on a mat " * 400 + "and was good"}  # of pieces that, but for the last, stand in the first
+    rows = [long, *[{"text": "it was good"}] * 3, other, long]
+    told = found(base, write_rows(tmp_path / "rows.jsonl", rows), long="split", max_length=64, eval_fraction=0.0)
+    assert told["repeated-rows"].found.startswith("3 of 6 rows repeat an earlier one (50.0%)")
+    assert told["repeated-rows"].rows == (3, 4, 6)
+
+
 def test_own_held_out_rows_that_also_stand_in_training(base: Path, tmp_path: Path) -> None:
     data, held = (
         write_rows(tmp_path / "a.jsonl", clean()),

@@ -151,6 +151,19 @@ def test_an_update_is_judged_in_the_dtype_that_a_merge_writes() -> None:
     assert "is written in fp32, which rounds at 3.0e-08 and" in told(hardly)["update-too-small"].found
 
 
+def test_more_steps_are_offered_by_what_decides_their_number() -> None:
+    """Where steps are set, a smaller batch gives no more of them."""
+    by_steps = told(case(**train(steps=1, batch_size=2)))["few-steps"]
+    by_epochs = told(case(**train(batch_size=64)))["few-steps"]
+    assert by_steps.mend == "--steps 60"
+    assert by_epochs.mend == "--batch-size 16 or --epochs 4"
+
+
+def test_pieces_of_rows_are_called_examples() -> None:
+    report = replace(REPORT, long="split", long_rows=1)
+    assert told(case(report, **train(batch_size=64)))["few-steps"].found.endswith("over 950 examples")
+
+
 def test_patience_ends_many_epochs() -> None:
     assert told(case(**train(epochs=9.0), watch=Watching(patience=2))) == {}
 

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -148,6 +150,13 @@ def test_place_that_is_taken(base: Path, out: Path) -> None:
         write_merged(base, out / "config.json", same)
 
 
+def test_a_place_inside_of_a_file(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").touch()
+    for out in (tmp_path / "p.txt" / "x", tmp_path / "p.txt" / "x" / "y"):
+        with pytest.raises(CheckpointError, match=r"p\.txt is a file, expected a folder; name another place as --out$"):
+            write_merged(base, out, same)
+
+
 def test_damaged_base_leaves_nothing(base: Path, out: Path) -> None:
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -190,10 +199,13 @@ def test_write_that_the_system_refuses_leaves_nothing(base: Path, out: Path) -> 
     assert left_beside(out) == []
 
 
-def test_folder_that_cannot_be_made(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/out: the merged model cannot be written \(File exists\)"):
-        write_merged(base, tmp_path / "file" / "out", same)
+def test_folder_that_cannot_be_made(base: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object, **how: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(CheckpointError, match=r"out: the merged model cannot be written \(Read-only file system\)"):
+        write_merged(base, out, same)
 
 
 MEASURE = """

@@ -51,8 +51,15 @@ def test_a_nan_in_the_base_is_found_where_it_is(broken: str, named: str) -> None
     model.get_parameter(broken).data.view(-1)[3] = float("nan")
     assert stopped(model, examples(8)) == (
         f"step 1: the loss is not finite; first in {named}, rows {_rows(model, examples(8))}; the adapter is as it was "
-        f"before this step; the base itself is damaged, with non-finite numbers in {broken} and 0 more: get it anew"
+        f"before this step; the base itself is damaged, with non-finite numbers in {broken}: get it anew"
     )
+
+
+def test_several_damaged_weights_are_counted() -> None:
+    model = prepared()
+    for name in ("lm_head.weight", "model.norm.weight"):
+        model.get_parameter(name).data.view(-1)[3] = float("nan")
+    assert " and 1 more: get it anew" in stopped(model, examples(8))
 
 
 def _rows(model: Decoder, data: Any) -> str:
