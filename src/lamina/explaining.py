@@ -18,7 +18,7 @@ from lamina.data.render import Rendered
 from lamina.data.store import TokenStore
 from lamina.errors import AdapterError, CheckpointError, ConfigError, DataError
 from lamina.evaluation import evaluate
-from lamina.job import base_folder, read_job
+from lamina.job import base_folder, elsewhere, read_job
 from lamina.model.architecture import read_config
 from lamina.model.checkpoint import stored_tensors, summary
 from lamina.model.decoder import Decoder
@@ -83,7 +83,8 @@ def explain(
         settings = replace(read_job(name).model, **changes)
     elif base is not None:
         settings = ModelSettings(model=str(base))
-    folder = None if settings is None else base_folder(settings)
+    with elsewhere(name if run and base is None else None, "--base"):
+        folder = None if settings is None else base_folder(settings)
     weights = None if folder is None else _stored(_weights(folder, adapter))
     measured = run and losses
     found = _Found(keep=_highest(adapter) if measured else 0)

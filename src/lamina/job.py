@@ -1,9 +1,10 @@
 """A job: everything that decides a run, as sections of settings, and how it lies in a file."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from lamina.data.examples import DataSettings
 from lamina.data.faults import Faults
 from lamina.data.prepare import Prepared, prepare
 from lamina.data.problems import Problems
-from lamina.errors import CheckpointError, ConfigError
+from lamina.errors import CheckpointError, ConfigError, DataError, ModelError
 from lamina.evaluation import Evaluating
 from lamina.generation import Sampling
 from lamina.jobfile import Head
@@ -113,6 +114,27 @@ def base_folder(model: ModelSettings, weights: bool = True) -> Path:
     return (locate if weights else outline)(model.model, model.revision)
 
 
+@contextlib.contextmanager
+def elsewhere(run: Path | None, model: str = "--model", data: str = "") -> Iterator[None]:
+    """Where a run's base or data are not found, says how their new place is named; nothing of what is no run.
+
+    Args:
+        model: the flag for the base.
+        data: the flags for the data; if empty, they are named in the run's ``job.toml``.
+    """
+    try:
+        yield
+    except ModelError as error:
+        if run is None:
+            raise
+        raise ModelError(f"{error}; if the base of {run} lies elsewhere now, name its place as {model}") from None
+    except DataError as error:
+        if run is None:
+            raise
+        data = data or f"data or eval_data in {run / 'job.toml'}"
+        raise DataError(f"{error}; if the data of {run} lie elsewhere now, name their place as {data}") from None
+
+
 def shipped_path(name: str) -> Path:
     """The place of a file that the job names: shipped with Lamina, or the user's."""
     return jobs.path(name) if name.startswith(jobs.PREFIX) else Path(name)
@@ -161,15 +183,20 @@ _MEASURED = {"evaluate", "generate", "watch.ledger_every", "watch.samples", "wat
 """Sections and settings that decide what is seen of an adapter, and nothing of what it becomes."""
 
 
+_PLACES = {"model.model", "model.revision", "data.data", "data.eval_data", "data.data_revision"}
+"""Settings that say where base and data lie; what lies there has fingerprints of its own."""
+
+
 def settings_fingerprint(job: Job, without: Collection[str]) -> str:
-    """A hash of all settings that decide what is trained: not where it lies, nor what is measured of it, nor those named in
-    ``without``, nor what is at its default, so that a setting that a later version adds does not make a run another one."""
+    """A hash of all settings that decide what is trained: not where it, its base and its data lie, nor what is measured
+    of it, nor those named in ``without``, nor what is at its default, so that a setting that a later version adds does not make
+    a run another one."""
     deciding = {
         f"{name}.{f.name}": getattr(section, f.name)
         for name, section in job.sections().items()
         for f in fields(section)
         if f.name not in {"out", "name", *without}
-        and not _MEASURED & {name, f"{name}.{f.name}"}
+        and not (_MEASURED | _PLACES) & {name, f"{name}.{f.name}"}
         and getattr(section, f.name) != _default(f)
     }
     return hashlib.sha256(repr(sorted(deciding.items())).encode()).hexdigest()

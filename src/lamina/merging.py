@@ -16,13 +16,13 @@ from lamina.adapter_files import outline_adapter
 from lamina.data.pack import Batch, pack
 from lamina.data.render import Rendered
 from lamina.errors import CheckpointError, ConfigError, DataError
-from lamina.job import base_folder, read_job
+from lamina.job import base_folder, elsewhere, read_job
 from lamina.model.fingerprint import stored_fingerprint
 from lamina.model.merged import free_place, write_merged
 from lamina.model.quantised import quantised_of
 from lamina.model.tokenizer import load_tokenizer
 from lamina.model.weights import DTYPES, outline, pick_device
-from lamina.opened import Opened, adapter_folder, held_out_of
+from lamina.opened import Opened, adapter_folder, at_new_place, held_out_of
 from lamina.ops.loss import IGNORED
 from lamina.policies import Pieces, config_of
 from lamina.report.record import write_json
@@ -46,7 +46,8 @@ def merge(
     Args:
         out: a new or empty folder; loads in transformers and here as a plain model.
         best: the adapter of the best evaluation instead of the last.
-        changes: other values for the run's settings of the model, such as the device of the comparison.
+        changes: other values for the run's settings of the model, such as the device of the comparison, or where its base
+            lies now (``model``).
         policy: to what the update is added (see ``policies``); if unset, to the weights that training saw.
 
     Raises:
@@ -59,8 +60,10 @@ def merge(
             f"found another {', '.join(sorted(other))} for a merge, expected those of the run: it is compared with what was trained"
         )
     job = read_job(run)
-    job = replace(job, model=replace(job.model, **(changes or {})))
-    folder, base = adapter_folder(run, best), base_folder(job.model)
+    job = replace(job, model=replace(job.model, **at_new_place(changes or {})))
+    folder = adapter_folder(run, best)
+    with elsewhere(run):
+        base = base_folder(job.model)
     out = free_place(out)
     if out.resolve().is_relative_to(base.resolve()):
         raise CheckpointError(f"{out}: lies in the base's own folder, expected another place as --out")

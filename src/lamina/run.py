@@ -13,6 +13,7 @@ from typing import Any
 
 from lamina import jobfile
 from lamina.adapter import attach
+from lamina.data.prepare import Prepared
 from lamina.doctor.checkup import diagnose
 from lamina.errors import ConfigError, Error, OutOfMemoryError, memory_told
 from lamina.evaluation import answers
@@ -21,15 +22,17 @@ from lamina.job import (
     Job,
     base_folder,
     check,
+    elsewhere,
     new_folder,
     prepare_data,
     read_job,
 )
 from lamina.model.architecture import read_config
 from lamina.model.decoder import Decoder
+from lamina.model.fingerprint import stored_fingerprint
 from lamina.model.tokenizer import load_tokenizer
-from lamina.model.weights import pick_device
-from lamina.opened import Opened, card_of, measured, neutral_of, open_run, stops
+from lamina.model.weights import pick_device, used_tensors
+from lamina.opened import Opened, at_new_place, card_of, measured, neutral_of, open_run, stops
 from lamina.planning import compared, plan_run
 from lamina.report.about import about
 from lamina.report.opening import data_lines, pace_line, time_line, training_lines
@@ -37,9 +40,9 @@ from lamina.report.record import write_json, write_text
 from lamina.reporting import write_explanation, write_page
 from lamina.training.available import Meter
 from lamina.training.loop import start
-from lamina.training.resume import has_state, locked
+from lamina.training.resume import check_origin, has_state, locked, read_header
 from lamina.training.stopwatch import Stopwatch
-from lamina.under_way import CHANGEABLE, Show, Silent, UnderWay
+from lamina.under_way import CHANGEABLE, PLACES, Show, Silent, UnderWay, origin_of
 from lamina.understand.card import Asked, Card
 from lamina.ways_out import Way, of_run
 
@@ -93,19 +96,23 @@ def resume(
     """Goes on with a run exactly where its last saved state stands.
 
     Args:
-        changes: other values for settings named in ``CHANGEABLE``.
+        changes: other values for settings named in ``CHANGEABLE``. A ``model`` without a ``revision`` has none.
         loaded: as for ``fine_tune``.
 
     Raises:
         CheckpointError: no run there, one in use, or one whose data, base or version is another.
     """
-    job = read_job(folder)
-    for part in ("data", "train", "watch"):
-        section = getattr(job, part)
-        own = {name: value for name, value in (changes or {}).items() if name in {f.name for f in fields(section)}}
-        job = replace(job, **{part: replace(section, **own)})
+    job = _changed(read_job(folder), at_new_place(changes or {}))
     with locked(folder):
         return _told(job, folder, show, resumed=True, loaded=loaded)
+
+
+def _changed(job: Job, changes: Mapping[str, Any]) -> Job:
+    for part in ("model", "data", "train", "watch"):
+        section = getattr(job, part)
+        own = {name: value for name, value in changes.items() if name in {f.name for f in fields(section)}}
+        job = replace(job, **{part: replace(section, **own)})
+    return job
 
 
 def _told(job: Job, folder: Path, show: Show | None, resumed: bool, loaded: Decoder | None) -> Result:
@@ -137,6 +144,31 @@ def _way_on(folder: Path, part: str) -> str:
     return f"what was saved is untouched; {f'{command} {flags}' if flags else f'free some memory, and {command}'}"
 
 
+def _read(job: Job, watch: Stopwatch, resumed: Path | None) -> tuple[Path, Any, Prepared]:
+    """The folder of a job's base, its tokenizer, and the data; ``resumed`` is the folder of a run that goes on."""
+    with elsewhere(resumed):
+        base = base_folder(job.model)
+    check(job, base)
+    with watch("data"):
+        tokenizer = load_tokenizer(base)
+        neutral_of(job, tokenizer, read_config(base))  # read for the card; what is wrong with it is better told now
+        with elsewhere(resumed, data="--data or --eval-data"):
+            return base, tokenizer, prepare_data(job, base, tokenizer)
+
+
+def _keep_places(job: Job, folder: Path, base: Path, data: Prepared) -> None:
+    """Writes where base and data of a resumed run lie now into its job, once they are known to be what they were.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    architecture = read_config(base)
+    found = stored_fingerprint(architecture, used_tensors(base, architecture))
+    check_origin(folder, read_header(folder), origin_of(job, data, found))
+    places = {name: value for part in (job.model, job.data) for name, value in vars(part).items() if name in PLACES}
+    write_text(folder / "job.toml", jobfile.dump(_changed(read_job(folder), places).sections()))
+
+
 def _clear(folder: Path) -> None:
     for child in folder.iterdir():
         shutil.rmtree(child) if child.is_dir() else child.unlink()
@@ -144,12 +176,9 @@ def _clear(folder: Path) -> None:
 
 def _go(job: Job, folder: Path, show: Show, watch: Stopwatch, resumed: bool, loaded: Decoder | None) -> Result:
     resuming = resumed and has_state(folder)
-    base = base_folder(job.model)
-    check(job, base)
-    with watch("data"):
-        tokenizer = load_tokenizer(base)
-        neutral_of(job, tokenizer, read_config(base))  # read for the card; what is wrong with it is better told now
-        data = prepare_data(job, base, tokenizer)
+    base, tokenizer, data = _read(job, watch, folder if resumed else None)
+    if resuming:
+        _keep_places(job, folder, base, data)
     for line in data_lines(data, tokenizer):
         show.line(line)
     if job.faults.commit:

@@ -16,13 +16,15 @@ from lamina.model.decoder import Decoder
 from lamina.observing import Observing
 from lamina.planning import Planned
 from lamina.report.record import Record
-from lamina.training.finite import damage
+from lamina.training.finite import LOWER, damage
 from lamina.training.interrupt import Interrupts
 from lamina.training.loop import State, Step, rehearse, train
 from lamina.training.resume import Progress, load_state, save_state
 from lamina.training.stopwatch import Stopwatch
 
-CHANGEABLE = ("read_ahead", "save_every", "memory_gib", "checkpoint_layers", "offload_checkpoints")
+PLACES = ("model", "revision", "data", "data_revision", "eval_data")
+"""Settings that say where the base and the data lie, which must be what they were."""
+CHANGEABLE = (*PLACES, "read_ahead", "save_every", "memory_gib", "checkpoint_layers", "offload_checkpoints")
 """Settings that a resumed run may change, because they change nothing of its result."""
 
 
@@ -43,6 +45,16 @@ class Silent:
     def start(self, steps: int, done: int) -> None: ...
     def step(self, step: Step) -> None: ...
     def evaluation(self, step: int, loss: float) -> None: ...
+
+
+def origin_of(job: Job, data: Prepared, base: str) -> dict[str, str]:
+    """What a run is computed from, as fingerprints by name; ``base`` is that of the base."""
+    return {
+        "training rows": data.train.fingerprint,
+        "held-out rows": data.held_out.fingerprint,
+        "base model": base,
+        "settings": settings_fingerprint(job, CHANGEABLE),
+    }
 
 
 class UnderWay:
@@ -68,12 +80,7 @@ class UnderWay:
         self.progress = Progress()
         self.steps = job.train.total_steps(len(data.train))
         self.every = job.watch.eval_every or max(1, -(-self.steps // 5))
-        self.origin = {
-            "training rows": data.train.fingerprint,
-            "held-out rows": data.held_out.fingerprint,
-            "base model": fingerprint(model),
-            "settings": settings_fingerprint(job, CHANGEABLE),
-        }
+        self.origin = origin_of(job, data, fingerprint(model))
 
     def train(self, resuming: bool, planned: Planned, ask: Callable[[], Answers | None]) -> list[str]:
         """Trains to the end, from the beginning or from the saved state, and returns what the ledger says in words.
@@ -85,6 +92,8 @@ class UnderWay:
         if resuming:
             self.progress = load_state(self.folder, self.model, self.state, self.origin)
             self.watch.add(self.progress.seconds)
+            if self.state.step:  # adapter/ may have been removed, or name the base's former place
+                self.save_adapter("adapter")
             self.show.line(f"resuming {self.folder} after step {self.state.step} of {self.steps}")
         after = self.state.step if resuming else None
         with (
@@ -153,7 +162,7 @@ class UnderWay:
         scores = score(self.model, self.data.held_out, self.job.train.portion)
         found = scores.evaluation
         if not math.isfinite(found.loss):
-            advice = damage(self.model) or "lower the learning rate, or look at the held-out rows"
+            advice = damage(self.model) or f"{LOWER}, or look at the held-out rows"
             raise TrainingError(
                 f"step {self.state.step}: the held-out loss is not finite; nothing of this step is saved; {advice}"
             )

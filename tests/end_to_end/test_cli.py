@@ -128,8 +128,9 @@ def test_jobs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None
         ),
         (
             ["train", "--resume", "runs/a", "--rank", "3", "--read-ahead", "9"],
-            "found --rank with --resume, expected only --read-ahead, --checkpoint-layers, --offload-checkpoints, --memory-gib, "
-            "--save-every: a resumed run is the same run; for another one: lamina train runs/a/job.toml --rank …",
+            "found --rank with --resume, expected only --model, --revision, --data, --data-revision, --eval-data, --read-ahead, "
+            "--checkpoint-layers, --offload-checkpoints, --memory-gib, --save-every: "
+            "a resumed run is the same run; for another one: lamina train runs/a/job.toml --rank …",
         ),
         (["train", "demo", "--layers", "abc"], "--layers: found 'abc', expected text that matches ^(all|"),
         (["train", "demo", "--name", "a/b"], "--name: found 'a/b', expected text that matches ^[A-Za-z0-9]"),

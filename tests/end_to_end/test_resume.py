@@ -190,8 +190,8 @@ def test_a_resumed_run_is_the_same_run_or_none(
 ) -> None:
     assert cli.main(["train", "--resume", str(whole), "--learning-rate", "1e-3"]) == 2
     assert (
-        "found --learning-rate with --resume, expected only --read-ahead, --checkpoint-layers, --offload-checkpoints, "
-        in capsys.readouterr().err
+        "found --learning-rate with --resume, expected only --model, --revision, --data, --data-revision, --eval-data, "
+        "--read-ahead, --checkpoint-layers, --offload-checkpoints, " in capsys.readouterr().err
     )
 
     run = tmp_path / "run"

@@ -158,7 +158,7 @@ def test_a_damaged_base_is_named_before_the_first_step(place: Path, tmp_path: Pa
 def test_nothing_non_finite_is_saved(rate: float, place: Path, tmp_path: Path) -> None:
     """At 1e39 the update overflows; at 1e18 it does not, but what the adapter then computes does."""
     training = Training(steps=4, batch_size=3, learning_rate=rate, warmup=0.0)
-    with pytest.raises(TrainingError, match="lower the learning rate"):
+    with pytest.raises(TrainingError, match="start a new run, in another --out, with a lower learning rate"):
         fine_tune(job(place, tmp_path / "run", train=training, watch=Watching(eval_every=1, save_every=1)))
     for file in (tmp_path / "run").rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values()), file

@@ -96,6 +96,9 @@ def test_a_job_survives_the_way_through_its_file() -> None:
         ("evaluate", {"eval_samples": 3, "eval_max_new_tokens": 7, "neutral": None}, True),
         ("watch", {"samples": 0, "sample_tokens": 9, "ledger_every": 0}, True),
         ("generate", {"temperature": 0.5}, True),
+        ("model", {"model": "elsewhere", "revision": "v2"}, True),  # what lies there has fingerprints of its own
+        ("data", {"data": "elsewhere.jsonl", "eval_data": "held-out.jsonl", "data_revision": "v2"}, True),
+        ("model", {"dtype": "bf16"}, False),
         ("watch", {"eval_every": 7}, False),  # decides which adapter is the best, and when patience ends
         ("train", {"batch_size": 5}, False),
         ("data", {"max_length": 99}, False),

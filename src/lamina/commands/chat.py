@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from lamina.adapter import adapter_scale
+from lamina.adapter import adapted, adapter_scale
 from lamina.commands.opening import add_opening, add_sampling, open_given, sampling_of
 from lamina.data.forms import Message
 from lamina.data.render import render_prompt
@@ -30,7 +30,7 @@ Write = Callable[[str], object]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    add_opening(parser, "folder of a run, folder of a model, or a model's id on the hub")
+    add_opening(parser, "folder of a run, of a model, or of an adapter; or a model's id on the hub", bare=True)
     add_sampling(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
 
@@ -56,7 +56,7 @@ def run(given: argparse.Namespace) -> None:
     terminal = sys.stdin.isatty()
     if terminal:
         write(f"{opened.name}. /help lists the commands.\n")
-    converse(lines(terminal), answer, write, system, has_adapter=opened.folder is not None)
+    converse(lines(terminal), answer, write, system, has_adapter=bool(adapted(opened.model)))
 
 
 def lines(terminal: bool) -> Iterator[str]:

@@ -20,7 +20,7 @@ Conversation = tuple[Message, ...]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    add_opening(parser, "folder of a run, folder of a model, or a model's id on the hub")
+    add_opening(parser, "folder of a run, of a model, or of an adapter; or a model's id on the hub", bare=True)
     add_sampling(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="the prompts: .txt or .jsonl")
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")

@@ -15,9 +15,16 @@ _MODEL = {"model": ModelSettings}
 _SAMPLING = {"generate": Sampling}
 
 
-def add_opening(parser: argparse.ArgumentParser, what: str, as_trained: bool = False) -> None:
-    """RUN, and how to load it; ``as_trained`` in the form and precision in which it was trained, and no other."""
+def add_opening(parser: argparse.ArgumentParser, what: str, as_trained: bool = False, bare: bool = False) -> None:
+    """RUN, and how to load it; ``as_trained`` in the form and precision in which it was trained, and no other; ``bare`` where an
+    adapter without a run will do."""
     parser.add_argument("run", metavar="RUN", type=named, help=what)
+    parser.add_argument(
+        "--model",
+        type=named,
+        metavar="BASE",
+        help="where the base lies, if it has moved since the run" + (", or of a bare adapter" if bare else ""),
+    )
     parser.add_argument("--best", action="store_true", help="the run's best adapter instead of its last")
     settings.add_flags(parser, _MODEL, without={"model", *(("dtype", "base", "double_quant") if as_trained else ())})
 
@@ -39,7 +46,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def model_changes(given: argparse.Namespace) -> dict[str, Any]:
     """The settings of the model that flags change."""
-    return dict(settings.read_flags(given, _MODEL).values["model"])
+    place = {} if given.model is None else {"model": given.model}
+    return place | dict(settings.read_flags(given, _MODEL).values["model"])
 
 
 def open_given(given: argparse.Namespace) -> Opened:

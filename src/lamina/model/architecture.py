@@ -89,7 +89,7 @@ def read_config(folder: Path) -> Architecture:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"{folder}: no config.json; a model folder holds config.json, *.safetensors and a tokenizer; check --model"
+            f"{folder}: no config.json; a model folder holds config.json, *.safetensors and a tokenizer; check the name"
         )
     return read_architecture(read_json(path), str(path))
 

@@ -155,7 +155,7 @@ def _why_no_weights(folder: Path) -> str:
             f".save_pretrained('{folder}-safetensors')\""
         )
     if (folder / "adapter_config.json").exists():
-        return "holds an adapter, not a model; name its base as --model"
+        return "holds an adapter, not a model; name its base instead"
     return "no model.safetensors and no model.safetensors.index.json; choose a model published as safetensors"
 
 

@@ -35,7 +35,7 @@ def local(name: str | Path, revision: str | None) -> Path | None:
         ModelError: it can be neither.
     """
     if not str(name):  # its Path would be the current folder
-        raise ModelError("model: nothing is named, expected a folder or an id on the hub (owner/name); check --model")
+        raise ModelError("model: nothing is named, expected a folder or an id on the hub (owner/name)")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -44,7 +44,7 @@ def local(name: str | Path, revision: str | None) -> Path | None:
     if folder.parent != Path() and folder.parent.is_dir():  # runs/demo-2 is a slip, and not an id
         raise ModelError(f"{name}: no such folder; {_folders(folder.parent)}")
     if not _HUB_ID.fullmatch(str(name)):
-        raise ModelError(f"{name}: no such folder, and not an id on the hub (owner/name); check --model")
+        raise ModelError(f"{name}: no such folder, and not an id on the hub (owner/name); check the name")
     return None
 
 
@@ -65,7 +65,7 @@ def download(name: str, revision: str | None) -> Path:
     raise ModelError(
         f"{name}: published only as pickles, which can run code when read; choose a model published as safetensors, or convert "
         'it once, where you trust it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as '
-        f"T; [c.from_pretrained('{name}').save_pretrained('converted') for c in (M, T)]\", then run with --model converted"
+        f"T; [c.from_pretrained('{name}').save_pretrained('converted') for c in (M, T)]\", then name the folder converted instead"
     )
 
 
@@ -91,11 +91,11 @@ def told(name: str, revision: str | None) -> Iterator[None]:
     except GatedRepoError:
         message = f"access is restricted; accept the licence at huggingface.co/{name}, then run: hf auth login"
     except RepositoryNotFoundError:
-        message = "no such folder and no such model on the hub, or it is private; check --model, or run: hf auth login"
+        message = "no such folder and no such model on the hub, or it is private; check the name, or run: hf auth login"
     except RevisionNotFoundError:
         message = f"the model has no revision {revision!r} on the hub; check --revision"
     except LocalEntryNotFoundError as error:
-        message = f"{_offline(error)}; run once with a connection, or name a local folder as --model"
+        message = f"{_offline(error)}; run once with a connection, or name a local folder instead"
     except HfHubHTTPError as error:
         message = f"the hub answered {error.response.status_code}; run again later: complete files are kept"
     except HTTPError as error:

@@ -13,6 +13,9 @@ from lamina.model.quantised import QuantisedLinear
 from lamina.ops.attention import Packed
 from lamina.ops.loss import token_scores
 
+LOWER = "start a new run, in another --out, with a lower learning rate"
+"""What helps where the steps are too large; a resumed run keeps its rate."""
+
 
 def refuse_non_finite(model: Decoder, loss: Tensor, norm: Tensor, batches: Sequence[Batch], step: int) -> None:
     """Passes when the step's loss and gradient norm are finite: one read of the device.
@@ -32,7 +35,7 @@ def refuse_non_finite(model: Decoder, loss: Tensor, norm: Tensor, batches: Seque
         bad = (path for path, m in backwards if any(not finite(p.grad) for p in (m.a, m.b)))
         layer = next(bad, "the sum over the gradients")
     rows = sorted({*rows} or {row for batch in batches for row in batch.rows})
-    advice = damage(model) or "lower the learning rate, or look at these rows"
+    advice = damage(model) or f"{LOWER}, or look at these rows"
     raise TrainingError(
         f"step {step}: the {what} is not finite; first in {layer}, rows {', '.join(map(str, rows[:8]))}"
         f"{' …' if len(rows) > 8 else ''}; the adapter is as it was before this step; {advice}"
@@ -60,7 +63,7 @@ def refuse_broken_adapter(model: Decoder, step: int) -> None:
     if not torch.isfinite(nn.utils.get_total_norm(parameters)).item():
         raise TrainingError(
             f"step {step}: its update made the adapter non-finite; nothing of it is saved, what was saved before is as it "
-            f"was; lower the learning rate"
+            f"was; {LOWER}"
         )
 
 

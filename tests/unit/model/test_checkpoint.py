@@ -131,7 +131,7 @@ def test_the_conversion_that_the_message_names_works(tmp_path: Path) -> None:
 
 def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds an adapter, not a model; name its base as --model"):
+    with pytest.raises(ModelError, match="holds an adapter, not a model; name its base instead"):
         stored_tensors(tmp_path)
 
 

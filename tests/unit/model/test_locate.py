@@ -59,7 +59,7 @@ def test_local_folder_has_no_revision(model: Path) -> None:
 @pytest.mark.parametrize("name", ["./absent", "/absent/model", "three/part/name", "model", "owner/.."])
 def test_neither_folder_nor_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"no such folder, and not an id on the hub \(owner/name\); check --model"):
+    with pytest.raises(ModelError, match=r"no such folder, and not an id on the hub \(owner/name\); check the name"):
         locate(name)
 
 
@@ -129,7 +129,7 @@ def test_offline_without_the_model(hub: Hub, model: Path, tmp_path: Path) -> Non
     done = hub.run(find(), tmp_path / "home", online=False)
     assert done.stderr.splitlines()[-1] == (
         "ModelError owner/model: HF_HUB_OFFLINE is set and the model is not in the cache; "
-        "run once with a connection, or name a local folder as --model"
+        "run once with a connection, or name a local folder instead"
     )
     assert not hub.requests
 

@@ -14,7 +14,7 @@ from lamina.model.decoder import Decoder
 from lamina.training.loop import Training, start, train
 
 TRAINING = Training(batch_size=8, micro_batch_tokens=40, learning_rate=1e-3)
-END = "; the adapter is as it was before this step; lower the learning rate, or look at these rows"
+END = "; the adapter is as it was before this step; start a new run, in another --out, with a lower learning rate, or look at these rows"
 
 
 def stopped(model: Decoder, data: Any, steps: int = 0) -> str:
