@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,15 +170,15 @@ def gpu(options: argparse.Namespace, _: int) -> list[Row]:
     return [show(row) for row in rows_of(Scale.of(options.tiny), folder, options.all, not options.seven)]
 
 
-def merge(options: argparse.Namespace, _: int) -> list[Row]:
-    """A run over Llama-2-7B's shape in NF4, and its merge by each policy."""
+def merge(options: argparse.Namespace, _: int) -> Iterator[Row]:
+    """A run over Llama-2-7B's shape in NF4, and its merge by each policy: minutes each, so a row comes when it is measured."""
     import checkpoint
     import qlora_merge
 
     tiny = replace(workload.TINY, vocabulary=32_000)
     shape = replace(tiny, layers=3) if options.tiny else checkpoint.LLAMA_2_7B
     shape = replace(shape, layers=options.layers or shape.layers)
-    return [show(row) for row in qlora_merge.rows_of(options.build, shape, tiny, threads(options))]
+    return map(show, qlora_merge.rows_of(options.build, shape, tiny, threads(options)))
 
 
 def times(report: dict[str, Any], what: str, base: str) -> Row:
@@ -200,20 +201,17 @@ def show(row: Row) -> Row:
     return row
 
 
-def append(rows: list[Row], options: argparse.Namespace) -> None:
-    """Appends the rows to the results; as in run.py, a row is not written if others took too much meanwhile."""
-    passed = [row for row in rows if row.get("others", 0.0) <= NOISE]
-    for row in rows:
-        if row not in passed:
-            print(f"NOT WRITTEN: {row['what']}, {row['base']}: others took {row['others']:.0%}, more than {NOISE:.0%}")
-    if not passed:
+def append(row: Row, options: argparse.Namespace) -> None:
+    """Appends a row to the results; as in run.py, it is not written if others took too much meanwhile."""
+    if row.get("others", 0.0) > NOISE:
+        print(f"NOT WRITTEN: {row['what']}, {row['base']}: others took {row['others']:.0%}, more than {NOISE:.0%}")
         return
     there = options.mode == "gpu"
     fixed = results.origin("torch", "bitsandbytes")
     fixed |= {"machine": machine.gpu()} if there else {"threads": machine.cores()}
-    short = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in passed]
+    short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
     fields = [name for name in FIELDS if not (there and name in ("threads", "others"))]
-    results.append(options.results or (ON_GPU if there else RESULTS), [fixed | row for row in short], fields)
+    results.append(options.results or (ON_GPU if there else RESULTS), [fixed | short], fields)
 
 
 MODES = {"seven-b": seven_b, "merge": merge, "share": share, "kernels": kernels, "gpu": gpu}
@@ -236,11 +234,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="file of the rows, instead of results/qlora_….csv")
     options = parser.parse_args()
     print(f"{machine.machine()}\ncommit {machine.commit()}\n", flush=True)
-    rows = MODES[options.mode](options, options.rounds or (1 if options.tiny else ROUNDS.get(options.mode, 1)))
+    for row in MODES[options.mode](options, options.rounds or (1 if options.tiny else ROUNDS.get(options.mode, 1))):
+        if not (options.tiny or options.layers):
+            append(row, options)
     if options.tiny or options.layers:
         print("\nnothing is written: a tiny model, or fewer layers")
-    else:
-        append(rows, options)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ _MEASURED = {"evaluate", "generate", "watch.ledger_every", "watch.samples", "wat
 """Sections and settings that decide what is seen of an adapter, and nothing of what it becomes."""
 
 
-_PLACES = {"model.model", "model.revision", "data.data", "data.eval_data", "data.data_revision"}
+PLACES = ("model", "revision", "data", "data_revision", "eval_data")
 """Settings that say where base and data lie; what lies there has fingerprints of its own."""
 
 
@@ -195,8 +195,8 @@ def settings_fingerprint(job: Job, without: Collection[str]) -> str:
         f"{name}.{f.name}": getattr(section, f.name)
         for name, section in job.sections().items()
         for f in fields(section)
-        if f.name not in {"out", "name", *without}
-        and not (_MEASURED | _PLACES) & {name, f"{name}.{f.name}"}
+        if f.name not in {"out", "name", *PLACES, *without}
+        and not _MEASURED & {name, f"{name}.{f.name}"}
         and getattr(section, f.name) != _default(f)
     }
     return hashlib.sha256(repr(sorted(deciding.items())).encode()).hexdigest()

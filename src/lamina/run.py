@@ -18,6 +18,7 @@ from lamina.doctor.checkup import diagnose
 from lamina.errors import ConfigError, Error, OutOfMemoryError, memory_told
 from lamina.evaluation import answers
 from lamina.job import (
+    PLACES,
     SECTIONS,
     Job,
     base_folder,
@@ -42,7 +43,7 @@ from lamina.training.available import Meter
 from lamina.training.loop import start
 from lamina.training.resume import check_origin, has_state, locked, read_header
 from lamina.training.stopwatch import Stopwatch
-from lamina.under_way import CHANGEABLE, PLACES, Show, Silent, UnderWay, origin_of
+from lamina.under_way import CHANGEABLE, Show, Silent, UnderWay, origin_of
 from lamina.understand.card import Asked, Card
 from lamina.ways_out import Way, of_run
 

@@ -11,7 +11,7 @@ from lamina.adapter_files import fingerprint, save_adapter
 from lamina.data.prepare import Prepared
 from lamina.errors import TrainingError
 from lamina.evaluation import Answers, Scores, score
-from lamina.job import Job, order_of, settings_fingerprint
+from lamina.job import PLACES, Job, order_of, settings_fingerprint
 from lamina.model.decoder import Decoder
 from lamina.observing import Observing
 from lamina.planning import Planned
@@ -22,8 +22,6 @@ from lamina.training.loop import State, Step, rehearse, train
 from lamina.training.resume import Progress, load_state, save_state
 from lamina.training.stopwatch import Stopwatch
 
-PLACES = ("model", "revision", "data", "data_revision", "eval_data")
-"""Settings that say where the base and the data lie, which must be what they were."""
 CHANGEABLE = (*PLACES, "read_ahead", "save_every", "memory_gib", "checkpoint_layers", "offload_checkpoints")
 """Settings that a resumed run may change, because they change nothing of its result."""
 
