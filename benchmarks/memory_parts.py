@@ -21,7 +21,7 @@ from lamina.model.architecture import Architecture
 from lamina.model.decoder import Decoder
 from lamina.model.weights import DTYPES, load_model
 from lamina.training.available import Meter
-from lamina.training.heaviest import Heaviest, heaviest
+from lamina.training.heaviest import Heaviest, heaviest, rows_by_step
 from lamina.training.loop import Training, rehearse, start, train
 from lamina.training.plan import Plan, in_process, plan, ranks_of
 from lamina.training.setup import Portion, Setup
@@ -77,7 +77,8 @@ class Work:
         """Trains as ``lamina train`` does, the heaviest micro-batch first."""
         attach(model, lora)
         data, training = self.rows(lengths, model.architecture.vocabulary), self.training
-        found = heaviest(data, np.array(lengths), training, 0, training.portion)
+        known = np.array(lengths)
+        found = heaviest(data, known, rows_by_step(known, training, 0), training.portion)
         rehearse(model, found.first, training)
         list(train(model, data, training, start(model, training), 0))
         return found

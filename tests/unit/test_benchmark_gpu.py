@@ -78,7 +78,8 @@ def test_the_grid_of_the_gpu() -> None:
         architecture = module("drawn").architecture_of(grid.MODELS[job["model"]])
         data = work.rows(work.lengths, architecture.vocabulary)
         training = work.training
-        found = parts.heaviest(data, parts.np.array(work.lengths), training, 0, training.portion)
+        known = parts.np.array(work.lengths)
+        found = parts.heaviest(data, known, parts.rows_by_step(known, training, 0), training.portion)
         planned = work.planned(architecture, found, torch.device("cuda"))
         assert planned.total > 2**28
         assert any("planned" in line for line in parts.told(planned, lambda: []))

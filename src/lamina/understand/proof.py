@@ -109,7 +109,7 @@ class MergeRecord:
         if self.policy == "requantised":
             return "the sum was rounded to four bits anew: merge with --policy dequantised, or use the adapter beside its base"
         if self.base in ("int8", "fp8"):
-            return f"training over {self.base} rounds activations too, a plain model does not: the perplexities say what that is worth"
+            return f"training over {self.base} rounds what is multiplied too, a plain model does not: perplexities say what that is worth"
         if self.policy == "original" and self.base in ("nf4", "fp4"):
             return f"training saw the base in {self.base}, and this is another one: merge with --policy dequantised"
         return (
