@@ -47,14 +47,6 @@ from lamina.under_way import CHANGEABLE, Show, Silent, UnderWay, origin_of
 from lamina.understand.card import Asked, Card
 from lamina.ways_out import Way, of_run
 
-_LESS = "lower --micro-batch-tokens or --max-length, or raise --checkpoint-layers (the result stays the same but for --max-length)"
-_UNSAVED = {
-    "load": "free some memory, or keep the base in fewer bits: --base nf4",
-    "training": _LESS,
-    "base_evaluation": _LESS,
-}
-"""What a run that memory ends before anything is saved may do, by the part of it; elsewhere memory is to be freed."""
-
 
 @dataclass(frozen=True)
 class Result:
@@ -124,7 +116,7 @@ def _told(job: Job, folder: Path, show: Show | None, resumed: bool, loaded: Deco
             return _go(job, folder, show or Silent(), watch, resumed, loaded)
     except OutOfMemoryError:
         part = watch.stopped or "start"
-        raise OutOfMemoryError(f"out of memory ({part.replace('_', ' ')}); {_way_on(folder, part)}") from None
+        raise OutOfMemoryError(f"out of memory ({part.replace('_', ' ')}); {_way_on(job, folder, part)}") from None
     except KeyboardInterrupt as error:
         if str(error) or not (folder / "state").exists():
             raise
@@ -132,10 +124,10 @@ def _told(job: Job, folder: Path, show: Show | None, resumed: bool, loaded: Deco
         raise KeyboardInterrupt(told) from None
 
 
-def _way_on(folder: Path, part: str) -> str:
+def _way_on(job: Job, folder: Path, part: str) -> str:
     """What to do about a run that memory ended in this part: in the steps, and nowhere else, recomputation takes less."""
     if not (folder / "state").exists():
-        return _UNSAVED.get(part, "free some memory")
+        return _before_it_began(job, part)
     flags = ""
     if part == "training":
         job = read_job(folder)  # as it was planned
@@ -143,6 +135,17 @@ def _way_on(folder: Path, part: str) -> str:
         flags = sum(of_run(job, pick_device(job.model.device).type, layers), Way()).flags
     command = f"go on with: lamina train --resume {folder}"
     return f"what was saved is untouched; {f'{command} {flags}' if flags else f'free some memory, and {command}'}"
+
+
+def _before_it_began(job: Job, part: str) -> str:
+    """The same of a run of which nothing is saved, so that everything may be another."""
+    cut = "lower --micro-batch-tokens or --max-length"
+    if part == "training":
+        return f"{cut}, or raise --checkpoint-layers (the result stays the same but for --max-length)"
+    if part == "base_evaluation":
+        return f"{cut} (the result stays the same but for --max-length)"
+    fewer = part == "load" and job.model.base not in ("nf4", "fp4")
+    return f"free some memory{', or keep the base in fewer bits: --base nf4' if fewer else ''}"
 
 
 def _read(job: Job, watch: Stopwatch, resumed: Path | None) -> tuple[Path, Any, Prepared]:

@@ -141,9 +141,8 @@ class Layer:
         (query, width), (key, _) = self.shapes["self_attn.q_proj"], self.shapes["self_attn.k_proj"]
         fewer, adapted = self.after < self.n, "self_attn.o_proj" in self.ranks
         making = self.plainly * query * self.e + mixing - self.output
-        parts = adapted * (
-            2 if self.e == FLOAT else 1
-        )  # of o_proj's output: in fp32 the sum's terms, in bf16 its operands as one
+        # Beside o_proj's output: in fp32 the terms of the sum that it is, in bf16 its operands as one.
+        parts = adapted * (2 if self.e == FLOAT else 1)
         projecting = self.after * (query * (fewer - adapted) + width * (1 + parts)) * self.e
         both = self.n * (width + 2 * query + 2 * key) + self.after * width * fewer
         return both * self.e + max(making, projecting)
@@ -159,8 +158,8 @@ class Layer:
         return gradients + working_memory(lengths, a.kv_heads, a.head_width)
 
     def _mixing_plainly(self, lengths: tuple[int, ...]) -> int:
-        """The same of torch's SDPA on a CPU, example by example, the last one first: each gives its gradients and frees its output. Scores
-        and their gradients are computed in blocks of q and of k (FlashAttentionKernel.cpp)."""
+        """The same of torch's SDPA on a CPU, example by example, the last one first: each gives its gradients and frees its output. Each
+        thread computes scores and their gradients in blocks of q and of k (torch's aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
         a = self.setup.architecture
         mixed = a.heads * a.head_width * self.e
         gradients = [heads * a.head_width * self.e for heads in (a.heads, a.kv_heads, a.kv_heads)]

@@ -32,7 +32,7 @@ FEW: list[dict[str, Any]] = [
     {"targets": ("down_proj",), "lengths": (1300,)},
     {"targets": ("down_proj",), "vocab_size": 4000},
     {"targets": ("o_proj",), "lengths": (1300,), "checkpointed": 1},
-    {"targets": ("q_proj",)},
+    {"targets": ("q_proj",), "lengths": (1300,), "share": 0.66},
     {"lengths": (1300,), "checkpointed": 1},
     {"lengths": (1300,), "num_key_value_heads": 2},
 ]
@@ -54,7 +54,7 @@ GRID: list[dict[str, Any]] = [
     {"targets": ("o_proj", "up_proj")},
     {"targets": ("down_proj",)},
     {"targets": ("gate_proj",), "layers": "3"},
-    # One layer of which few tokens go on: attention decides.
+    # One layer, of which as a rule few tokens go on: attention decides.
     *({"num_hidden_layers": 1, "intermediate_size": 128, "share": 0.02} | more for more in FEW),
     {"layers": "2-3"},
     {"layers": "0,1"},
