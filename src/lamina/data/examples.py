@@ -118,14 +118,30 @@ def _missing(data: str) -> str:
     return f"{data}: no such file; {advice}"
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    """The data files in a folder: those of the split where names tell splits, .txt only where there is nothing else."""
-    found = [
+def left_out(data: str, split: str) -> tuple[str, ...]:
+    """The data files of a folder that are not read, though their names tell no other split: some of its .txt files too."""
+    folder = Path(data).expanduser()
+    if not (data and folder.is_dir()):
+        return ()
+    chosen = set(_files(folder, split))
+    others = (path for path in _found(folder) if path not in chosen)
+    wanted = ("", _SPLITS.get(split, split))
+    return tuple(str(path) for path in others if _part(path.relative_to(folder)) in wanted)
+
+
+def _found(folder: Path) -> list[Path]:
+    """All data files in a folder."""
+    return [
         path
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in READERS and path.is_file() and path.name not in _NOT_DATA
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]  # fmt: skip
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """The data files in a folder: those of the split where names tell splits, .txt only where there is nothing else."""
+    found = _found(folder)
     found = [path for path in found if path.suffix.lower() != ".txt"] or found
     if not found:
         raise DataError(f"{folder}: no data in this folder, expected files of {', '.join(READERS)}")

@@ -140,8 +140,15 @@ def _json_text(path: Path, text: str) -> Iterator[Row]:
             raise DataError(f"{path}:{line}: JSON that cannot be read ({error})") from None
         count, position = count + 1, _space(text, end + 1) if text[end : end + 1] == "," else end
         yield Row(count, f"{path}:{line}", value)
-    if array and text[position : position + 1] != "]":
+    if not array:
+        return
+    if text[position : position + 1] != "]":
         raise DataError(f"{path}: broken JSON (the list is not closed by ']'); is the file complete?")
+    if (more := _space(text, position + 1)) < len(text):
+        line = text.count("\n", 0, more) + 1
+        raise DataError(
+            f"{path}:{line}: broken JSON (more stands after the list's ']'); expected one list, or a row on each line"
+        )
 
 
 def _space(text: str, position: int) -> int:
@@ -195,8 +202,8 @@ def _parquet(path: Path, problems: Problems) -> Iterator[Row]:
 
 
 def _text(path: Path, problems: Problems) -> Iterator[Row]:
-    """Paragraphs, which end at a blank line; the lines, where no line is blank."""
-    paragraphs = any(not line.strip() for _, line in _lines(path))
+    """Paragraphs, which end at a blank line; the lines, where no blank line stands between two of them."""
+    paragraphs = _parted(path)
     count, start = 0, 0
     held: list[str] = []
     for number, line in _lines(path):
@@ -210,6 +217,19 @@ def _text(path: Path, problems: Problems) -> Iterator[Row]:
             held = []
     if held:
         yield Row(count + 1, f"{path}:{start}", {"text": "\n".join(held)})
+
+
+def _parted(path: Path) -> bool:
+    """Whether a blank line stands between two texts; those before the first and after the last part nothing."""
+    begun = gap = False
+    for _, line in _lines(path):
+        if not line.strip():
+            gap = begun
+        elif gap:
+            return True
+        else:
+            begun = True
+    return False
 
 
 READERS = {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.data.examples import DataSettings, examples_in
+from lamina.data.examples import DataSettings, examples_in, left_out
 from lamina.data.faults import Fault, Faults, on_row, without_template
 from lamina.data.fit import fit
 from lamina.data.forms import Example
@@ -121,7 +121,12 @@ def prepare(
     if faults.of_asking and len(held_out):
         asked = again(*source, commit=faults.of_asking).store
         held_out = asked.part(np.isin(asked.rows, held_out.rows))
-    report |= {"train_rows": len(train), "held_out_rows": len(held_out), "held_out_copies": int(copies.sum())}
+    report |= {
+        "train_rows": len(train),
+        "held_out_rows": len(held_out),
+        "held_out_whole": len(np.unique(held_out.rows)),
+        "held_out_copies": int(copies.sum()),
+    }
     return Prepared(train, held_out, DataReport(**report), taught.lengths)
 
 
@@ -263,6 +268,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def _report(settings: DataSettings, data: _Read, chat: ChatFormat) -> dict[str, Any]:
     """The fields of the report that the split does not decide."""
     median, most = np.percentile(data.lengths.tokens, (50, 95)).astype(int).tolist()
+    sources = (settings.data, settings.split), (settings.eval_data or "", settings.eval_split)
     return {
         "source": settings.data,
         "template": chat.name,
@@ -274,6 +280,7 @@ def _report(settings: DataSettings, data: _Read, chat: ChatFormat) -> dict[str, 
         "tokens": int(data.lengths.tokens.sum()),
         "nothing_to_learn": data.nothing,
         "held_out_source": settings.eval_data or "",
+        "left_out": tuple(dict.fromkeys(name for source in sources for name in left_out(*source))),
         "concerned": data.concerned,
         **data.count,
     }

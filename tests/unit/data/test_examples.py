@@ -7,7 +7,7 @@ import pytest
 from conftest import shared_data
 from hub import Hub
 
-from lamina.data.examples import read_examples
+from lamina.data.examples import left_out, read_examples
 from lamina.errors import DataError
 
 ROWS = [{"question": f"q{index}", "answer": f"a{index}"} for index in range(3)]
@@ -44,6 +44,7 @@ def answers(path: Path | str, split: str = "train") -> list[str]:
         ("a.tsv", "question\tanswer\nq0\ta0\nq1\ta1\nq2\ta2\n"),
         ("a.txt", "a0\n\na1\n \n\r\na2"),
         ("a.txt", "a0\r\na1\na2\n"),
+        ("a.txt", "\n \na0\na1\na2\n\n"),
     ],
 )
 def test_every_kind_of_file(tmp_path: Path, name: str, content: str | bytes) -> None:
@@ -106,6 +107,14 @@ def test_folder_of_splits(tmp_path: Path) -> None:
         answers(tmp_path, "other")
 
 
+def test_files_of_a_folder_that_are_not_read_are_known(tmp_path: Path) -> None:
+    for name in ("train_a.jsonl", "test.jsonl", "gsm8k.jsonl", "train.txt"):
+        write(tmp_path / name, LINES)
+    assert left_out(str(tmp_path), "train") == (str(tmp_path / "gsm8k.jsonl"), str(tmp_path / "train.txt"))
+    assert left_out(str(tmp_path), "test") == (str(tmp_path / "gsm8k.jsonl"),)
+    assert left_out(str(tmp_path / "gsm8k.jsonl"), "train") == left_out("owner/set", "train") == ()
+
+
 def test_folder_of_texts(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "a0")
     assert answers(tmp_path) == ["a0"]
@@ -129,6 +138,11 @@ def test_folder_of_texts(tmp_path: Path) -> None:
             "a.json",
             '[{"text": "a"},',
             r"a.json: broken JSON \(the list is not closed by '\]'\); is the file complete\?",
+        ),
+        (
+            "a.json",
+            '[{"text": "a"}]\n[{"text": "b"}]\n',
+            r"a.json:2: broken JSON \(more stands after the list's '\]'\); expected one list, or a row on each line$",
         ),
         ("a.json", '[{"text": "a"}', r"a.json:1: broken JSON \(Expecting ',' or '\]'"),
         ("a.json", "[" * 100_000, r"a.json:1: JSON that cannot be read"),

@@ -92,6 +92,15 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     assert (len(found.train), len(found.held_out)) == (10, 2)
 
 
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "train_a.jsonl", questions(10))
+    write(tmp_path / "test.jsonl", questions(12)[10:])
+    others = [write(tmp_path / f"part{n}.jsonl", questions(1)) for n in range(7)]
+    told = f"files not read: {', '.join(others[:5])} and 2 more (no split in the name, or .txt beside data)"
+    assert told in run(str(tmp_path), eval_data=str(tmp_path)).report.lines()
+    assert not any("not read" in line for line in run(others[0]).report.lines())
+
+
 @pytest.mark.parametrize("long", ["truncate", "split"])
 def test_rows_that_are_equal_after_the_cut(tmp_path: Path, long: str) -> None:
     """Texts that differ beyond ``max_length`` only: what is trained on must not be measured by."""
@@ -211,7 +220,7 @@ def test_report_in_sentences(tmp_path: Path) -> None:
         f"data: {tmp_path / 'a.jsonl'}, format llama2-text (already rendered; 2 rows), question/answer (1 row)",
         "chat template: llama2",
         "beginning of text: kept once (2 rows held it already)",
-        f"tokens: {found.report.tokens}, of which {found.report.targets} are learnt (answers and their end tokens); "
+        f"tokens: {found.report.tokens}, of which {found.report.targets} count (answers and their end tokens); "
         f"a row has {found.report.lengths[0]} (median), {found.report.lengths[1]} (95th percentile), "
         f"{found.report.lengths[2]} (longest)",
         "end token trained in 2 of 3 answers",
@@ -233,7 +242,7 @@ def test_report_of_text_and_of_much() -> None:
         answers=1,
     )
     said = "\n".join(report.lines())
-    assert "end token trained in 0 of 1 texts\n" in said and "are learnt (everything)" in said
+    assert "end token trained in 0 of 1 texts\n" in said and "count (everything)" in said
     assert "chat template" not in said
     assert report.learnt == 0
     assert replace(report, tokens=100, targets=60, lost_tokens=20, lost_targets=20).learnt == 0.5
