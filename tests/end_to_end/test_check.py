@@ -188,6 +188,17 @@ def test_what_a_run_would_be_refused_for_is_told_together(
     assert {rule for rule, finding in again.items() if finding["grade"] == "error"} == {"paged-optimizer"}, "told once"
 
 
+def test_a_misspelt_name_of_what_is_shipped_does_not_end_the_examination(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = ("--data", "lamina:demo/trian.jsonl", "--neutral", "lamina:neutrl.txt")
+    told = told_by(capsys, "--model", str(base), *shipped, "--max-length", "99", "--warmup", "0.9")
+    assert {rule for rule, finding in told.items() if finding["grade"] == "error"} == {"data", "neutral"}
+    assert "schedule-and-warmup" in told
+    assert told["data"]["found"] == "found lamina:demo/trian.jsonl, which is not shipped with Lamina"
+    assert told["neutral"]["found"].startswith("found lamina:neutrl.txt, which is not shipped with Lamina")
+
+
 def test_memory_that_does_not_suffice(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = told_by(capsys, "--model", str(base), "--data", clean(tmp_path, 60), "--memory-gib", "0.001")
     assert told["memory"]["found"].endswith("MiB and --memory-gib allows 1.0 MiB")

@@ -39,7 +39,7 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: the suffix {path.suffix!r} is not known, expected one of {', '.join(READERS)}")
-    empty = True
+    empty, known = True, problems.count
     try:
         for row in reader(path, problems):
             empty = False
@@ -47,7 +47,7 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
     problems.check()
-    if empty and not problems.places:
+    if empty and problems.count == known:
         raise DataError(f"{path}: the file is empty, expected at least one row")
 
 

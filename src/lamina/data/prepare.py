@@ -155,7 +155,7 @@ class _Source:
 
 def _read(of: _Source, source: str, split: str, problems: Problems, commit: Collection[Fault] = ()) -> _Read:
     """Reads one data set to its end; ``commit`` are faults committed on its rows."""
-    settings, chat, limit = of.settings, of.chat, of.limit
+    settings, chat, limit, known = of.settings, of.chat, of.limit, problems.count
     count, forms, ignored = Counter[str](), Counter[str](), Counter[str]()
     keys, pieces, nothing, lengths = array("Q"), array("Q"), array("q"), LengthsWriter()
     concerned: dict[str, list[int]] = {"bos_held": [], "blank_answers": [], "specials_inside": []}
@@ -191,7 +191,9 @@ def _read(of: _Source, source: str, split: str, problems: Problems, commit: Coll
             ignored.update(name for item in block for name in item.ignored)
             if of.progress:
                 of.progress(count["rows"])
-        problems.check()
+        measured = lengths.lengths()
+        # Where every row is refused there is nothing to go on with, and nothing else to say of them.
+        problems.check(stopped=problems.kept and problems.count > known and not len(measured.tokens))
         count["answers"] -= count["lost_answers"]
         store = writer.store()
     count.update({name: len(concerned[name]) for name in ("bos_held", "specials_inside")})
@@ -204,7 +206,7 @@ def _read(of: _Source, source: str, split: str, problems: Problems, commit: Coll
         count,
         forms,
         ignored,
-        lengths.lengths(),
+        measured,
         tuple(nothing),
         {name: tuple(rows) for name, rows in concerned.items()},
     )

@@ -15,10 +15,13 @@ class Problems:
 
     Args:
         kept: the problems are left to the caller, who goes on with the other rows; ``check`` raises only after too many.
+
+    Attributes:
+        ended: whether they have ended the reading.
     """
 
     def __init__(self, kept: bool = False) -> None:
-        self.kept = kept
+        self.kept, self.ended = kept, False
         self._places: dict[str, list[str]] = {}
         self._hints: dict[str, None] = {}
         self._count = 0
@@ -45,6 +48,11 @@ class Problems:
         return self._places
 
     @property
+    def count(self) -> int:
+        """How many were found."""
+        return self._count
+
+    @property
     def hints(self) -> str:
         """The advice that several problems share."""
         return "; ".join(self._hints)
@@ -52,11 +60,15 @@ class Problems:
     def check(self, stopped: bool = False) -> None:
         """Ends the reading when anything was found.
 
+        Args:
+            stopped: kept problems end it too: they are too many, or nothing is left beside them.
+
         Raises:
             DataError: one line with the first problems, each with its places, the number of the others, and the advice.
         """
         if not self._places or (self.kept and not stopped):
             return
+        self.ended = True
         shown = list(self._places.items())[:SHOWN]
         parts = [f"{places[0]}: {problem}{_again(places)}" for problem, places in shown]
         others = self._count - sum(len(places) for _, places in shown)

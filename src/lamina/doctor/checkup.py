@@ -33,6 +33,9 @@ from lamina.training.plan import ranks_of
 LIMITS = (512, 1024, 2048, 4096)
 """Lengths at which the table says what would be lost, beside the chosen one."""
 
+FILES = 3
+"""Files of broken rows that are named."""
+
 ALIKE = 3
 """Problems that differ only in a value, so many of which are told one by one."""
 VALUE = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+""")
@@ -156,30 +159,39 @@ class _Examination:
             )
         if job.head.out and (out := Path(job.head.out)).exists() and not (out.is_dir() and not any(out.iterdir())):
             self.refuse("out", f"{out} is there already, and not an empty folder", "another --out, or none")
-        neutral = job.evaluate.neutral
-        if neutral is not None and not shipped_path(neutral).is_file():
+        self.neutral()
+        self.know(job=self.job)
+
+    def neutral(self) -> None:
+        """The text on which forgetting is measured: whether it is there."""
+        name = self.job.evaluate.neutral
+        try:
+            if name is None or shipped_path(name).is_file():
+                return
+        except ConfigError as error:
+            self.refuse("neutral", error, "check --neutral")
+        else:
             self.refuse(
                 "neutral",
-                f"{neutral}: no such file; its perplexity would be missed at the end of the run",
+                f"{name}: no such file; its perplexity would be missed at the end of the run",
                 "check --neutral",
             )
-        self.know(job=self.job)
 
     def read(self) -> None:
         """The data, with what is wrong in single rows left out."""
         problems = Problems(kept=True)
         try:
+            data = shipped(self.job.data)
             if self.folder and self.tokenizer and self.case.architecture:
                 self.data = self._prepared(self.folder, problems)
             else:  # their form can be examined all the same
-                data = shipped(self.job.data)
                 deque(examples_in(data.data, data.split, data.data_revision, problems), maxlen=0)
         except ModelError as error:
             self.refuse("tokenizer", error)
-        except DataError as error:
-            if not problems.places:
+        except (ConfigError, DataError) as error:
+            if not problems.ended:  # by these rows, which are told by themselves
                 self.refuse("data", error)
-        self.refused += _refused_rows(problems, self.job.data.data)
+        self.refused += _refused_rows(problems)
         if self.data:
             report, lengths, counts = self.data.report, self.data.lengths, count(self.data, self.tokenizer)
             self.know(job=self.job, report=report, lengths=lengths, counts=counts)
@@ -203,22 +215,28 @@ class _Examination:
                 self.refuse("weights", error)
 
 
-def _refused_rows(problems: Problems, data: str) -> Iterator[Finding]:
+def _refused_rows(problems: Problems) -> Iterator[Finding]:
     """One finding for each kind of problem that single rows have."""
-    stopped = "at least " if sum(map(len, problems.places.values())) >= ENOUGH else ""
+    stopped = "at least " if problems.count >= ENOUGH else ""
     for problem, places in _kinds(problems.places):
         numbers = (re.search(r"\d+$", place) for place in places)
         template = problem.startswith(("the template ", "template "))
         yield Finding(
             "template-refuses-rows" if template else "broken-rows",
             "error",
-            f"{stopped}{len(places):,} of the rows of {data}: {problem}",
+            f"{stopped}{len(places):,} of the rows of {_files(places)}: {problem}",
             "the run would be refused: a row that is left out in silence is one that nobody misses",
             "choose another --template, or mend the rows"
             if template
             else problems.hints or "mend or remove these rows",
             tuple(int(number[0]) for number in numbers if number),
         )
+
+
+def _files(places: Sequence[str]) -> str:
+    """The files, or the data sets, that the places lie in: the first of them, and the number of the others."""
+    names = list(dict.fromkeys(place.rpartition(":")[0] for place in places))
+    return ", ".join(names[:FILES]) + (f" and {len(names) - FILES:,} more" if len(names) > FILES else "")
 
 
 def _kinds(places: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Sequence[str]]]:

@@ -200,13 +200,15 @@ def steps(case: Case) -> Iterator[Finding]:
             ),
         )
     if epochs > MANY_EPOCHS and train.batch_size < rows and case.job.watch.patience is None:
+        three = round(3 * rows / train.batch_size)  # the steps of three passes: no way out where they are too few
+        fewer = f"--steps {three}" if train.steps else "--epochs 3"
         yield Finding(
             "many-epochs",
             "warning",
             f"{epochs:,.3g} passes over {counted(rows, name)}",
             "from the third or so on the rows are memorised, and the held-out loss rises",
-            f"--{'steps ' + str(max(FEW_STEPS, round(3 * rows / train.batch_size))) if train.steps else 'epochs 3'}, or --patience 2, "
-            "which stops when the held-out loss no longer falls",
+            (f"{fewer}, or " if three >= FEW_STEPS else "")
+            + "--patience 2, which stops when the held-out loss no longer falls",
         )
     if epochs < 1:
         yield Finding(

@@ -160,7 +160,7 @@ def in_both_splits(case: Case) -> Iterator[Finding]:
 
 def nothing_held_out(case: Case) -> Iterator[Finding]:
     """No rows, or few, to measure by."""
-    report, data = case.report, case.job.data
+    report, data, held = case.report, case.job.data, case.report.held_out_whole
     if data.eval_data is None and data.eval_fraction == 0:
         yield Finding(
             "nothing-held-out",
@@ -169,13 +169,15 @@ def nothing_held_out(case: Case) -> Iterator[Finding]:
             "nobody can say whether the run has learnt or only memorised; there is no best adapter and no card of before and after",
             "--eval-fraction 0.05, or --eval-data FILE",
         )
-    elif report.rows >= 2 * FEW_HELD_OUT and report.held_out_rows < FEW_HELD_OUT:
+    elif report.distinct >= 2 * FEW_HELD_OUT and held < FEW_HELD_OUT:
+        own = data.eval_data is not None  # then a share has no say
+        share = f"--eval-fraction {FEW_HELD_OUT / report.distinct:.3g}, or --eval-data FILE"
         yield Finding(
             "few-held-out",
             "note",
-            f"{report.held_out_rows:,} of {report.rows:,} rows are held out",
+            f"held out: {counted(held, 'row')}" + ("" if own else f" of {report.rows:,}"),
             "a loss over so few rows moves with the rows that happen to be among them",
-            f"--eval-fraction {min(0.5, FEW_HELD_OUT / report.rows):.2f}, or --eval-data FILE",
+            "--eval-data FILE, with more rows" if own else share,
         )
 
 

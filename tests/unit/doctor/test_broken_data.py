@@ -171,6 +171,36 @@ def test_broken_rows_do_not_hide_the_others(base: Path, tmp_path: Path) -> None:
     assert "wildly-long-rows" in {finding.rule for finding in told}
 
 
+def test_broken_rows_do_not_hide_that_the_data_cannot_be_used(base: Path, tmp_path: Path) -> None:
+    broken, held = write_rows(tmp_path / "rows.jsonl", [*clean(60), "{"]), tmp_path / "held.jsonl"
+    told = found(base, broken, eval_data=str(held))
+    assert told["broken-rows"].rows == (61,)
+    assert told["data"].found == f"{held}: no such file"
+    held.touch()
+    assert told["broken-rows"] == found(base, broken, eval_data=str(held))["broken-rows"]
+    assert found(base, broken, eval_data=str(held))["data"].found.startswith(f"{held}: the file is empty")
+    blank = found(base, write_rows(tmp_path / "blank.jsonl", [*[{"text": " "}] * 50, "{"]))
+    assert ": nothing to train on: none of 50 rows" in blank["data"].found and blank["broken-rows"].rows == (51,)
+
+
+def test_where_all_rows_are_broken_there_is_nothing_else_to_say(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"frage": "what?"}] * 50)
+    assert list(found(base, rows)) == ["broken-rows"]
+    told = found(base, write_rows(tmp_path / "good.jsonl", clean(60)), eval_data=rows)
+    assert "broken-rows" in told and "data" not in told
+
+
+def test_broken_rows_are_told_by_the_files_that_hold_them(base: Path, tmp_path: Path) -> None:
+    good = write_rows(tmp_path / "good.jsonl", clean())
+    held = write_rows(tmp_path / "held.jsonl", [*clean(500)[480:], "{"])
+    told = found(base, good, eval_data=held)["broken-rows"]
+    assert told.found.startswith(f"1 of the rows of {held}: broken JSON") and told.rows == (21,)
+    (tmp_path / "many").mkdir()
+    many = [write_rows(tmp_path / "many" / f"{n}.jsonl", [{"text": f"it was good {n}"}, "{"]) for n in range(4)]
+    told = found(base, str(tmp_path / "many"))["broken-rows"]
+    assert told.found.startswith(f"4 of the rows of {', '.join(many[:3])} and 1 more: broken JSON")
+
+
 def test_rows_of_the_wrong_kind_are_not_read_to_their_end(base: Path, tmp_path: Path) -> None:
     told = found(base, write_rows(tmp_path / "rows.jsonl", [{"frage": "what?"}] * 5000))
     assert list(told) == ["broken-rows"]
@@ -189,6 +219,22 @@ def test_copies_are_told_by_their_rows_where_rows_are_cut_into_pieces(base: Path
     told = found(base, write_rows(tmp_path / "rows.jsonl", rows), long="split", max_length=64, eval_fraction=0.0)
     assert told["repeated-rows"].found.startswith("3 of 6 rows repeat an earlier one (50.0%)")
     assert told["repeated-rows"].rows == (3, 4, 6)
+
+
+def test_the_share_that_holds_out_enough_is_named(base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", clean(1600) + clean(400))  # copies of a row are held out together
+    told = found(base, data, eval_fraction=0.002)["few-held-out"]
+    assert told.mend == "--eval-fraction 0.0125, or --eval-data FILE"
+    assert "few-held-out" not in found(base, data, eval_fraction=0.0125)
+    held = write_rows(tmp_path / "held.jsonl", clean(1610)[1600:])
+    own = found(base, data, eval_data=held, eval_fraction=0.5)["few-held-out"]
+    assert (own.found, own.mend) == ("held out: 10 rows", "--eval-data FILE, with more rows")
+
+
+def test_pieces_of_held_out_rows_are_not_rows(base: Path, tmp_path: Path) -> None:
+    rows = [{"text": " ".join(f"{n} and {m} is good" for m in range(120))} for n in range(50)]
+    told = found(base, write_rows(tmp_path / "rows.jsonl", rows), long="split", max_length=64)
+    assert told["few-held-out"].found == "held out: 2 rows of 50"
 
 
 def test_own_held_out_rows_that_also_stand_in_training(base: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ SEVEN_B = {
 }  # fmt: skip
 REPORT = DataReport(
     "rows.jsonl", "of the tokenizer", "truncate", 2048, "answers", rows=1000, forms={"messages": 1000}, tokens=100_000,
-    targets=60_000, answers=1000, ended=1000, train_rows=950, held_out_rows=50,
+    targets=60_000, answers=1000, ended=1000, train_rows=950, held_out_rows=50, held_out_whole=50,
 )  # fmt: skip
 COUNTS = Counts(tokens=95_000, learnt=57_000)
 
@@ -166,6 +166,14 @@ def test_pieces_of_rows_are_called_examples() -> None:
 
 def test_patience_ends_many_epochs() -> None:
     assert told(case(**train(epochs=9.0), watch=Watching(patience=2))) == {}
+
+
+def test_many_passes_over_few_rows_are_not_mended_by_more_of_them() -> None:
+    """Three passes over 40 rows are 15 steps: what is left is to stop in time."""
+    few = told(case(replace(REPORT, rows=42, train_rows=40), **train(steps=28)))["many-epochs"]
+    assert few.mend == "--patience 2, which stops when the held-out loss no longer falls"
+    enough = told(case(replace(REPORT, rows=420, train_rows=400), **train(steps=280)))["many-epochs"]
+    assert enough.mend == f"--steps 150, or {few.mend}"
 
 
 def test_the_capacity_of_the_adapter() -> None:
