@@ -1,7 +1,9 @@
 """How a tokenizer writes a conversation: its chat template, a built-in one, or the user's own.
 
-The built-in templates are those of the models' makers: Llama-2's (Touvron et al. 2023, arXiv:2307.09288), ChatML, the
-Alpaca format (Taori et al. 2023) and Vicuna's v1.1. Templates run in the sandbox of ``transformers``.
+The built-in templates are those of the models' makers: Llama-2's (Touvron et al. 2023, arXiv:2307.09288), ChatML, and Vicuna's
+v1.1, as FastChat writes it. The Alpaca format (Taori et al. 2023) is the common variant: a line feed before the answer, where
+Stanford's code has none, and ``input`` under the instruction, where that has another preamble and a part of its own. Templates run
+in the sandbox of ``transformers``.
 """
 
 import difflib
@@ -37,10 +39,12 @@ ALPACA = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + (eos_token or '') + '\\n\\n' }}{% endif %}{% endfor %}"
 )
 VICUNA = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{{ messages[0]['content'] }}"
+    "{% else %}{% set loop_messages = messages %}"
     "{{ 'A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}{% endif %}"
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'].strip() + ' ASSISTANT:' }}"
+    "{% for message in loop_messages %}{% if message['role'] == 'user' %}"
+    "{{ (' ' if loop.first else '') + 'USER: ' + message['content'].strip() + ' ASSISTANT:' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + (eos_token or '') }}{% endif %}{% endfor %}"
 )
 BUILT_IN = {"llama2": LLAMA2, "chatml": CHATML, "alpaca": ALPACA, "vicuna": VICUNA}
