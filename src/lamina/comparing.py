@@ -211,7 +211,8 @@ def _cell(first: _Card, card: _Card, part: str, key: str) -> Cell:
     if card is first or value is None or before is None or not _same_rows(first, card, part):
         return Cell(value, span)
     mine, theirs = card.sums(part), first.sums(part)
-    if mine is None or theirs is None or mine.shape != theirs.shape:
+    # The last column counts tokens or answers, alike in groups of the same rows; an older card groups pieces of rows.
+    if mine is None or theirs is None or not np.array_equal(mine[:, -1], theirs[:, -1]):
         return Cell(value, span, (value - before,))
     ends = KINDS[part].measures(theirs, mine)[key].difference_interval
     return Cell(value, span, (value - before, *(ends or ())))

@@ -82,6 +82,20 @@ def test_tokens_are_not_called_answers_where_whole_rows_are_learnt(tmp_path: Pat
     assert of_all <= names(answers, older), "an older card does not tell, its job does"
 
 
+def test_groups_of_other_rows_are_not_paired(tmp_path: Path) -> None:
+    """As many groups with other tokens: an older card groups the pieces of rows, and not the rows."""
+    runs = [write(tmp_path / "a", 4, 2.0), write(tmp_path / "b", 4, 2.4)]
+    card = json.loads((runs[0] / "card.json").read_text(encoding="utf-8"))
+    for side in ("base", "adapter"):
+        for number, row in enumerate(card[side]["held_out"]["sums"]):
+            row[2] += 1 if number % 2 else -1
+    (runs[0] / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    for pair in (runs, runs[::-1]):
+        value, other = (cell.value for cell in compare(pair).measures["held_out.loss"][2])
+        assert value is not None and other is not None
+        assert compare(pair).measures["held_out.loss"][2][1].difference == (other - value,)
+
+
 def test_other_rows_are_not_compared(tmp_path: Path) -> None:
     runs = [write(tmp_path / "a", 4, 2.0), write(tmp_path / "b", 4, 2.4, held_out_fingerprint="other")]
     found = compare(runs)

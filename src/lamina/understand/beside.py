@@ -4,7 +4,7 @@ All is measured as the card measures it, and the difference of two outcomes has 
 together. How large the difference would be with another seed of the training, that does not tell.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lamina.data.render import Rendered
 from lamina.evaluation import Answer, Answers, Evaluating, answers, score_both
 from lamina.model.decoder import Decoder
-from lamina.understand.bootstrap import Paired
+from lamina.understand.bootstrap import Paired, by_row
 from lamina.understand.budget import SAMPLES
 from lamina.understand.card import KINDS, Measuring, means
 
@@ -55,11 +55,12 @@ class Outcome:
 
     def losses(self) -> _Sums:
         """Loss, KL and tokens of each row."""
-        return _by_row((row.row for row in self.rows), np.array([row[1:] for row in self.rows]))
+        columns = np.array([row[1:] for row in self.rows], dtype=np.float64).reshape(-1, 3)
+        return _by_row([row.row for row in self.rows], columns)
 
     def asked(self) -> _Sums:
         """What each row's answers have, as ``Answers.per_row`` has it."""
-        return _by_row((answer.row for answer in self.answers), Answers(self.answers).per_row())
+        return _by_row([answer.row for answer in self.answers], Answers(self.answers).per_row())
 
     def as_json(self) -> dict[str, Any]:
         """For machines: the measures, and the rows they are made of."""
@@ -110,9 +111,7 @@ def _kinds(of: Outcome) -> list[tuple[Measuring, _Sums]]:
     return [(LOSSES, of.losses()), (KINDS["answers"], of.asked())]
 
 
-def _by_row(rows: Iterable[int], columns: NDArray[np.float64]) -> _Sums:
-    """The sums [K] of each row: pieces of a row that was cut are added up."""
-    found = _Sums()
-    for row, sums in zip(rows, columns, strict=True):
-        found[row] = found[row] + sums if row in found else sums
-    return found
+def _by_row(rows: Sequence[int], columns: NDArray[np.float64]) -> _Sums:
+    """The sums [K] of each row."""
+    numbers, sums = by_row(rows, columns)
+    return dict(zip(numbers.tolist(), sums, strict=True))

@@ -6,6 +6,8 @@ mean is Σ loss/Σ tokens), which makes 1,000 repetitions one matrix product. Ba
 and are drawn together: what makes a row hard for both cancels in their difference, whose interval is therefore narrower
 than the two intervals make it look.
 
+Pieces of a row that was cut belong together as its tokens do: they are added up before (``by_row``).
+
 Above ``GROUPS`` rows, sums over groups of rows are drawn in their place: groups of independent rows are independent too, and
 the cost is bounded. Where all rows agree (every answer stopped), drawing them again shows no spread though there may
 be some: the open end is then the exact one of the binomial distribution, about 3/R (Hanley and Lippman-Hand 1983, "the
@@ -16,7 +18,7 @@ bootstrap-t, whose corrections are of the size of the error that 1,000 repetitio
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,6 +115,19 @@ def grouped(columns: Array, most: int = GROUPS) -> Array:
     sums = np.zeros((most, columns.shape[1]))
     np.add.at(sums, np.arange(len(columns)) % most, columns)
     return sums
+
+
+def by_row(rows: Sequence[int] | NDArray[np.int64], columns: Array) -> tuple[NDArray[np.int64], Array]:
+    """The numbers of the rows, in rising order, and the sums of each: the pieces of a row that was cut are added up.
+
+    Args:
+        rows: the number of the row that each piece is of, [P].
+        columns: what is summed of each piece, [P, K].
+    """
+    numbers, place = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+    sums = np.zeros((len(numbers), columns.shape[1]))
+    np.add.at(sums, place, columns)
+    return numbers, sums
 
 
 def _percentiles(values: Array) -> Interval:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from lamina.data.render import Rendered
 from lamina.data.store import TokenStore
-from lamina.evaluation import Evaluating
+from lamina.evaluation import Answer, Evaluating
 from lamina.neutral import NEUTRAL_TOKENS
 from lamina.training.loop import Training
 
@@ -95,6 +95,13 @@ def lengths_of(rows: TokenStore | Sequence[Rendered]) -> NDArray[np.int64]:
     if isinstance(rows, TokenStore):
         return rows.lengths
     return np.array([len(row.tokens) for row in rows], dtype=np.int64)
+
+
+def numbers_of(rows: TokenStore | Sequence[Rendered] | Sequence[Answer]) -> NDArray[np.int64]:
+    """The number of the row that each is, or is a piece of."""
+    if isinstance(rows, TokenStore):
+        return rows.rows
+    return np.array([row.row for row in rows], dtype=np.int64)
 
 
 def _within(number: float, bounds: tuple[int, int]) -> int:

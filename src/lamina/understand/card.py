@@ -19,8 +19,8 @@ from lamina.data.render import Rendered
 from lamina.data.store import TokenStore
 from lamina.evaluation import Answer, Answers, Scores, answers, score, score_both
 from lamina.model.decoder import Decoder
-from lamina.understand.bootstrap import Interval, Paired, grouped, interval, paired, three_digits
-from lamina.understand.budget import Sizes, lengths_of, some
+from lamina.understand.bootstrap import Interval, Paired, by_row, grouped, interval, paired, three_digits
+from lamina.understand.budget import Sizes, lengths_of, numbers_of, some
 from lamina.understand.dose import Dose, Known, dose
 from lamina.understand.learnt import Learnt, learnt
 
@@ -198,7 +198,7 @@ def measure(
                 base = score(model, held_out, sizes.portion)
         if adapter is None:
             adapter = score(model, held_out, sizes.portion)
-        parts["held_out"] = _part("held_out", base.per_row(), adapter.per_row(), len(base.losses))
+        parts["held_out"] = _part("held_out", numbers_of(held_out), base, adapter, len(base.losses))
         if (base.per_row()[:, 2] >= lengths_of(held_out) - 1).all():  # nothing predicts the first one
             counted = TOKENS
         kl["answers"] = _apart(model, _chosen(held_out, sizes.compared), sizes.portion)[0]
@@ -209,7 +209,7 @@ def measure(
     if neutral:
         rows = _chosen(neutral, sizes.neutral)
         kl["neutral"], plain = _apart(model, rows, sizes.portion)
-        parts["neutral"] = _part("neutral", plain.base.per_row(), plain.adapter.per_row(), len(plain.base.losses))
+        parts["neutral"] = _part("neutral", numbers_of(rows), plain.base, plain.adapter, len(plain.base.losses))
     if base is not None and adapter is not None:
         task = Known(held_out, base, adapter)
         curve = dose(model, _dosed(task, sizes.dosed), plain and _dosed(plain, sizes.dosed), sizes.portion)
@@ -234,13 +234,14 @@ KINDS = {
 }
 
 
-def _part(name: str, base: NDArray[np.float64], adapter: NDArray[np.float64], tokens: int = 0) -> Part:
-    kept = tuple(tuple(map(tuple, grouped(side, KEPT).round(4).tolist())) for side in (base, adapter))
-    return Part(KINDS[name].measures(base, adapter), len(base), tokens, kept)
+def _part(name: str, rows: NDArray[np.int64], base: Scores | Answers, tuned: Scores | Answers, tokens: int = 0) -> Part:
+    sides = [by_row(rows, side.per_row())[1] for side in (base, tuned)]
+    kept = tuple(tuple(map(tuple, grouped(side, KEPT).round(4).tolist())) for side in sides)
+    return Part(KINDS[name].measures(*sides), len(sides[0]), tokens, kept)
 
 
 def _given(base: Answers, adapter: Answers) -> Part:
-    part = _part("answers", base.per_row(), adapter.per_row())
+    part = _part("answers", numbers_of(base.rows), base, adapter)
     if base.comparable:
         return part
     return replace(part, measures={name: of for name, of in part.measures.items() if name != "exact_match"})
@@ -248,7 +249,7 @@ def _given(base: Answers, adapter: Answers) -> Part:
 
 def _apart(model: Decoder, rows: Sequence[Rendered], portion: int) -> tuple[Divergence, Known]:
     base, adapter, kl = score_both(model, rows, portion)
-    sums = np.stack([base.sums(kl), base.per_row()[:, 2]], axis=1)
+    _, sums = by_row(numbers_of(rows), np.stack([base.sums(kl), base.per_row()[:, 2]], axis=1))
     total, tokens = sums.sum(0).tolist()
     span = interval(sums, means)
     return Divergence(total / tokens, span, int(tokens)), Known(rows, base, adapter)

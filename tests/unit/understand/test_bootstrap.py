@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lamina.understand import bootstrap
-from lamina.understand.bootstrap import GROUPS, RESAMPLES, draws, grouped, interval, paired, three_digits
+from lamina.understand.bootstrap import GROUPS, RESAMPLES, by_row, draws, grouped, interval, paired, three_digits
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -72,6 +72,23 @@ def test_groups_of_rows_are_as_uncertain_as_the_rows() -> None:
     residual = rows[:, 0] - rows[:, 1] * rows[:, 0].sum() / rows[:, 1].sum()
     expected = 2 * 1.96 * np.sqrt((residual**2).sum()) / rows[:, 1].sum()
     assert high - low == pytest.approx(expected, rel=0.15)
+
+
+def test_the_pieces_of_a_row_are_one_row() -> None:
+    numbers, sums = by_row([7, 7, 3, 9, 7], np.array([[1.0, 2.0], [10.0, 1.0], [5.0, 1.0], [0.5, 4.0], [100.0, 1.0]]))
+    assert numbers.tolist() == [3, 7, 9]
+    assert sums.tolist() == [[5.0, 1.0], [111.0, 4.0], [0.5, 4.0]]
+    numbers, sums = by_row([], np.zeros((0, 2)))
+    assert (numbers.tolist(), sums.tolist()) == ([], [])
+
+
+def test_pieces_make_a_measure_no_more_certain_than_their_rows() -> None:
+    rows = rows_of(np.random.default_rng(4), 60)
+    pieces = np.repeat(rows / 2, 2, axis=0)
+    _, joined = by_row(np.repeat(np.arange(60), 2), pieces)
+    assert interval(joined, ratio) == interval(rows, ratio), "two halves are the whole, to the last bit"
+    (low, high), (lowest, highest) = interval(pieces, ratio) or (0, 0), interval(rows, ratio) or (0, 0)
+    assert high - low < 0.85 * (highest - lowest), "as rows of their own they would seem more certain, by √2"
 
 
 def test_where_all_rows_agree_the_open_end_is_the_binomials() -> None:

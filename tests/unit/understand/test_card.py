@@ -161,6 +161,24 @@ def test_the_card_is_made_of_the_scores_that_are_known(monkeypatch: pytest.Monke
     measure(asked(model), rows, [], SIZES, base, adapter)
 
 
+def test_pieces_of_a_row_make_nothing_more_certain() -> None:
+    """Six rows, and each of them four times under its number: sums are four times as large, and intervals the same."""
+    model, text = tuned(), [1, 40, 41, 42, 43, 44, 45, 46]
+    rows = [Rendered(np.array([*text[: n + 3], n + 50, 2], dtype=np.int32), np.arange(n + 5) > 2, n) for n in range(6)]
+    pieces = [row for row in rows for _ in range(4)]
+    sizes = replace(SIZES, samples=24)
+    whole, cut = measure(asked(model), rows, [], sizes), measure(asked(model), pieces, [], sizes)
+    assert measure(asked(model), stored(pieces), [], sizes) == cut
+    for name in ("held_out", "answers"):
+        assert cut.parts[name].rows == 6
+        for key, of in whole.parts[name].measures.items():
+            again = cut.parts[name].measures[key]
+            for span in ("base_interval", "adapter_interval", "difference_interval"):
+                # The scores of other batches differ by some 1e-6 nats a token, and so by 1e-6 of a perplexity.
+                assert getattr(again, span) == pytest.approx(getattr(of, span), rel=1e-5, abs=1e-5), (name, key, span)
+    assert cut.kl["answers"].interval == pytest.approx(whole.kl["answers"].interval, abs=1e-5)
+
+
 def evaluate_base(model: Decoder, rows: list[Rendered]) -> float:
     with adapter_scale(model, 0.0):
         return evaluate(model, rows, PORTION).loss
