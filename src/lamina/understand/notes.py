@@ -11,6 +11,7 @@ Everything said is a function of the steps and the ledger's rows in their order.
 finds, and then knows what it has said.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -148,7 +149,7 @@ class Notes:
         return (
             f"the gradient was clipped in {clipped} of the last {STEPS} steps (its norm is {np.median(norms):.3g} at the median, clip is "
             f"{self._clip:g}): all steps weigh alike, and none is told from an outlier; raise train.clip to about "
-            f"{_above(norms):.1g}, or look for what makes the gradient large"
+            f"{_above(norms):g}, or look for what makes the gradient large"
         )
 
     def _composition(self) -> str:
@@ -199,5 +200,7 @@ def _beside_trend(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _above(norms: NDArray[np.float64]) -> float:
-    """A limit that only the largest tenth passes."""
-    return float(np.quantile(norms, 0.9))
+    """A limit that only the largest tenth passes, of two digits: rounded up, for it has to lie above what clips now."""
+    norm = float(np.quantile(norms, 0.9))
+    digit = 10.0 ** (math.floor(math.log10(norm)) - 1)
+    return math.ceil(norm / digit) * digit

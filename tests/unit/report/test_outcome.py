@@ -82,6 +82,7 @@ def test_whether_it_stops() -> None:
         (13.0, [0.2, 0.1, 0.3], "Much was forgotten: "),
         (13.0, [0.2, -0.1, 0.3], "Nothing measurable was forgotten: "),
         (9.0, [-0.1, -0.2, -0.05], "Nothing was forgotten that the neutral text would show: "),
+        (math.nan, [math.nan] * 3, "Much was forgotten: the perplexity of neutral text went from 10 to nan, for "),
     ],
 )
 def test_what_was_forgotten(perplexity: float, change: Any, said: str) -> None:
@@ -104,6 +105,8 @@ def test_neutral_text_that_says_little() -> None:
     )
     made["base"]["neutral"]["perplexity"], made["adapter"]["neutral"]["perplexity"] = 2.7, 946.0
     assert "(+34,937 %)" in plain(forgetting(Card(**made)))
+    made["base"]["neutral"]["perplexity"], made["adapter"]["neutral"]["perplexity"] = math.nan, 10.0
+    assert forgetting(Card(**made)).startswith("What was forgotten is not known: ")
 
 
 def test_what_the_update_is() -> None:
@@ -118,6 +121,16 @@ def test_what_the_update_is() -> None:
     found["ranks"] |= {"enough": None, "adapter_loss": 4.0}
     assert "would have done" not in updating(Explanation(**found))
     assert updating(Explanation(**found | {"changes_nothing": True})).startswith("The adapter changes nothing")
+
+
+def test_where_the_update_is() -> None:
+    """Two of seven matrices with a seventh each are not most of it."""
+    found = explanation(3, 8)
+    said = plain(updating(Explanation(**found)))
+    assert ". The largest parts of it, by squared norm, are in q_proj (14 %) and k_proj (14 %), and" in said
+    found["shares"]["module"] = {"v_proj": 0.4, "q_proj": 0.6}
+    said = plain(updating(Explanation(**found)))
+    assert ". All of it, by squared norm, is in q_proj (60 %) and v_proj (40 %), and" in said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -253,12 +254,39 @@ def test_both_ends_of_an_interval_have_the_same_decimals(tmp_path: Path) -> None
     assert "predictions are 0.0651 [0.0601, 0.0700] nats per token away" in html(folder)
 
 
-def test_smoothing_counts_tokens_and_keeps_a_constant() -> None:
-    def step(number: int, loss: float, tokens: int) -> Step:
-        return Step(step=number, loss=loss, tokens=9, supervised_tokens=tokens, learning_rate=1, grad_norm=1, seconds=1)
+def step(number: int, loss: float, tokens: int) -> Step:
+    return Step(step=number, loss=loss, tokens=9, supervised_tokens=tokens, learning_rate=1, grad_norm=1, seconds=1)
 
+
+def test_smoothing_counts_tokens_and_keeps_a_constant() -> None:
     assert smoothed([step(1, 2.0, 1), step(2, 4.0, 3)]) == [3.5, 3.5]
     assert smoothed([step(n, 2.0, 0) for n in range(3)]) == [2.0] * 3
+
+
+class Counted(list[Step]):
+    """Steps that count how many of them were taken out."""
+
+    taken = 0
+
+    def __iter__(self) -> Iterator[Step]:
+        self.taken += len(self)
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.taken += len(found) if isinstance(index, slice) else 1
+        return found
+
+
+def test_smoothing_a_long_run_takes_no_more_for_a_step_than_a_short_one() -> None:
+    steps = Counted(step(n, 1.0 + n % 7, 1 + n % 5) for n in range(3000))
+    found, half = smoothed(steps), 100
+    assert steps.taken < 5 * len(steps)
+    for at in (0, 50, 1500, 2999):
+        some = list(steps)[max(0, at - half) : at + half + 1]
+        tokens = sum(one.supervised_tokens for one in some)
+        # 3,000 sums of up to 36,000, each rounded by 2^-53 of that: 1.2e-8 at most, of a window of at least 1,000.
+        assert found[at] == pytest.approx(sum(one.loss * one.supervised_tokens for one in some) / tokens, rel=1e-9)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -116,6 +116,18 @@ def test_a_gradient_that_is_always_clipped_is_told_once() -> None:
     assert "clip is 0.001" in said
 
 
+@pytest.mark.parametrize(
+    ("clip", "lowest", "highest", "told"),
+    [(1.0, 1.05, 1.4, "1.4"), (1.0, 1.01, 1.04, "1.1"), (10.0, 10.5, 14.9, "15"), (100.0, 105.0, 140.0, "140")],
+)
+def test_a_clip_is_named_that_clips_little(clip: float, lowest: float, highest: float, told: str) -> None:
+    """The norm that nine of ten steps stay below, in plain digits, and above the clip that they pass now."""
+    notes, found = Notes([], Training(batch_size=4, steps=100, clip=clip), LENGTHS), []
+    for number, norm in enumerate(np.linspace(lowest, highest, 50).tolist(), 1):
+        found += notes.step(step(number, norm=norm), None)
+    assert [f"raise train.clip to about {told}, or look for" in note for note in found] == [True]
+
+
 @pytest.mark.slow
 def test_a_loss_that_follows_the_length_of_sorted_batches_is_told() -> None:
     """Long rows repeat one token, short ones are random: what a step's loss is depends on the length of its rows."""
@@ -175,5 +187,5 @@ def test_what_is_heard_again_is_said_again() -> None:
     assert again.step(step(41), Row(41, values)) == []
 
 
-def step(number: int, loss: float = 2.0, tokens: int = 50) -> Step:
-    return Step(number, loss, tokens, tokens, 1e-3, 0.5, 0.1, 10**9)
+def step(number: int, loss: float = 2.0, tokens: int = 50, norm: float = 0.5) -> Step:
+    return Step(number, loss, tokens, tokens, 1e-3, norm, 0.1, 10**9)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from lamina.report import charts
 from lamina.report.chapters.words import loss
 from lamina.report.charts import Line
@@ -30,13 +32,18 @@ def curves(page: Page, kept: Kept) -> None:
 
 
 def smoothed(steps: Sequence[Step]) -> list[float]:
-    """Mean over a window of about a fifteenth of the steps around each, every supervised token counted alike."""
-    half = max(1, len(steps) // 30)
-    found = []
-    for at in range(len(steps)):
-        some = steps[max(0, at - half) : at + half + 1]
-        tokens = sum(step.supervised_tokens for step in some)
-        found.append(sum(step.loss * step.supervised_tokens for step in some) / tokens if tokens else steps[at].loss)
+    """Mean over a window of about a fifteenth of the steps around each, every supervised token counted alike.
+
+    A window's sum is the difference of the sums up to its ends, for the windows of a long run are wide.
+    """
+    half, places = max(1, len(steps) // 30), np.arange(len(steps))
+    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(steps))
+    losses = np.array([step.loss for step in steps], dtype=np.float64)
+    tokens = np.array([step.supervised_tokens for step in steps], dtype=np.float64)
+    with np.errstate(all="ignore"):  # a damaged record may hold any number
+        nats, count = (np.concatenate([[0.0], column.cumsum()]) for column in (losses * tokens, tokens))
+        inside = count[high] - count[low]
+        found: list[float] = np.where(inside > 0, (nats[high] - nats[low]) / inside, losses).tolist()
     return found
 
 

@@ -144,8 +144,10 @@ def forgetting(card: Card) -> str:
     apart = "" if kl is None else f"{{}} on it the two models differ by {nats(kl.mean)} nats per token (KL)"
     but, apart = apart.format(", but" if far else ";"), apart.format(";")
     change = _neutral_change(card)
-    if before.perplexity > _ILLEGIBLE:
+    if before.perplexity > _ILLEGIBLE or math.isnan(before.perplexity):
         return f"What was forgotten is not known: the base itself cannot read the neutral text; {moved}{apart}."
+    if not math.isfinite(after.perplexity):
+        return f"Much was forgotten: {moved}, for the adapter's predictions on it are not finite any more."
     if not math.isfinite(rise) or (interval_of(change) and not certain(change)):
         return f"Nothing measurable was forgotten: {moved}{but}."
     if rise <= 0:
@@ -168,7 +170,9 @@ def updating(explanation: Explanation | None) -> str:
     modules = sorted(explanation.shares.module.items(), key=lambda item: -item[1])[:2]
     layers = sorted(explanation.shares.layer.items(), key=lambda item: -item[1])[:1]
     where = " and ".join(f"{name} ({percent(share)})" for name, share in modules)
-    said += f". Most of it, by squared norm, is in {where}"
+    whole = len(explanation.shares.module) == len(modules)
+    what, verb = ("All of it", "is") if whole else ("The largest parts of it", "are")
+    said += f". {what}, by squared norm, {verb} in {where}"
     if len(explanation.shares.layer) > 1:
         said += f", and of all layers most in layer {layer_name(layers[0][0])} ({percent(layers[0][1])})"
     relative = [m.relation.relative for m in explanation.matrices if m.relation and m.relation.relative is not None]
