@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -231,7 +232,17 @@ def new_folder(head: Head) -> Path:
             raise CheckpointError(f"{folder}: cannot be made ({error.strerror}); name another place as --out") from None
         else:
             return folder
-    raise CheckpointError(
-        f"{head.out}: is not empty; to go on with the run in it: lamina train --resume {head.out}; for a new one name "
-        f"another --out"
-    )
+    assert head.out is not None, "of the others one is free"
+    if not Path(head.out).is_dir():
+        raise CheckpointError(f"{head.out}: is a file, expected a folder, new or empty; name another --out")
+    run = (Path(head.out) / "job.toml").is_file()
+    go_on = f"to go on with the run in it: lamina train --resume {head.out}; for a new one " if run else ""
+    raise CheckpointError(f"{head.out}: is not empty; {go_on}name another --out")
+
+
+def take_back(folder: Path, given: bool) -> None:
+    """Removes what a run left in its new folder that never began, and the folder, if it was not there before (``given``)."""
+    for child in folder.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+    if not given:
+        folder.rmdir()

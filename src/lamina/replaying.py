@@ -26,7 +26,7 @@ from lamina.adapter import adapted, detach
 from lamina.adapter_files import load_adapter
 from lamina.data.prepare import Prepared
 from lamina.errors import CheckpointError, ConfigError, DataError, Error, OutOfMemoryError, TrainingError, memory_told
-from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data
+from lamina.job import SECTIONS, Job, base_folder, check, new_folder, prepare_data, take_back
 from lamina.merging import merge
 from lamina.model.decoder import Decoder
 from lamina.model.quantised import form_of
@@ -35,7 +35,7 @@ from lamina.model.weights import pick_device
 from lamina.opened import stops
 from lamina.policies import Update, add
 from lamina.report.record import read_metrics, write_json, write_text
-from lamina.report.replay import Entry, as_json, page
+from lamina.report.replay import UNFINISHED, Entry, as_json, page
 from lamina.run import Show, Silent, fine_tune, resume
 from lamina.training.available import available
 from lamina.training.resume import locked
@@ -68,6 +68,7 @@ def replay(letter: str, mended: Job, faithful: Job, show: Show | None = None) ->
         Error: whatever of the job, its model or its data is wrong, or nothing is held out.
     """
     check(mended, base_folder(mended.model))
+    given = mended.head.out is not None and Path(mended.head.out).exists()
     folder = new_folder(mended.head)
     try:
         mended, faithful = own_rows(mended, faithful, folder)
@@ -75,13 +76,15 @@ def replay(letter: str, mended: Job, faithful: Job, show: Show | None = None) ->
             write_text(folder / f"{name}.toml", jobfile.dump(job.sections()))
         write_json(folder / "replay.json", {"version": VERSION, "letter": letter, "entries": []})
     except (Error, OSError, KeyboardInterrupt):
-        shutil.rmtree(folder)  # nothing has begun in it
+        take_back(folder, given)  # nothing has begun in it
         raise
     return resume_replay(folder, show)
 
 
 def resume_replay(folder: Path, show: Show | None = None) -> Replayed:
     """Goes on with a replay: finished variants are left as they are, the one that was interrupted goes on where it stood.
+
+    Those that memory ended, or that were refused before their first step, are tried again.
 
     Raises:
         CheckpointError: there is no replay, a damaged one, one of a newer version, or one that another process goes on with.
@@ -94,7 +97,7 @@ def resume_replay(folder: Path, show: Show | None = None) -> Replayed:
         try:
             with memory_told("free some memory"):  # beside the runs, which say so themselves
                 under_way = _Replay(folder, mended, letter, show or Silent())
-                under_way.entries = entries
+                under_way.entries = [entry for entry in entries if not _again(entry, folder)]
                 under_way.go(list(variants(letter, mended, faithful)))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; go on with: lamina replay --resume {folder}") from None
@@ -102,6 +105,11 @@ def resume_replay(folder: Path, show: Show | None = None) -> Replayed:
             told = f"out of memory; free some memory, and go on with: lamina replay --resume {folder}"
             raise OutOfMemoryError(told) from None
     return Replayed(folder, tuple(under_way.entries))
+
+
+def _again(entry: Entry, folder: Path) -> bool:
+    """Whether a variant is tried again that did not finish: memory ended it, or it was refused before its first step."""
+    return entry.unfinished and (entry.out_of_memory or not (folder / entry.name / "state").exists())
 
 
 class _Replay:
@@ -163,7 +171,7 @@ class _Replay:
         except (ConfigError, DataError, OutOfMemoryError, TrainingError) as error:
             if variant.name == "mended":
                 raise
-            return Entry(variant.name, variant.what, reason=f"did not finish: {error}")
+            return Entry(variant.name, variant.what, reason=f"{UNFINISHED}{error}")
 
     def trained(self, variant: Variant, model: Decoder) -> Entry:
         """Trains a variant, or goes on with it, and measures it."""

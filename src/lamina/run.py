@@ -4,7 +4,6 @@
 close with the card. What happens between two steps (evaluation, saving, stopping) is the body of one loop.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -27,6 +26,7 @@ from lamina.job import (
     new_folder,
     prepare_data,
     read_job,
+    take_back,
 )
 from lamina.model.architecture import read_config
 from lamina.model.decoder import Decoder
@@ -74,9 +74,7 @@ def fine_tune(job: Job, show: Show | None = None, loaded: Decoder | None = None)
         except (Error, OSError, KeyboardInterrupt):
             if (folder / "state").exists():
                 raise
-            _clear(folder)  # refused before it began: there is nothing to keep
-            if not given:
-                folder.rmdir()
+            take_back(folder, given)  # refused before it began: there is nothing to keep
             raise
 
 
@@ -171,11 +169,6 @@ def _keep_places(job: Job, folder: Path, base: Path, data: Prepared) -> None:
     check_origin(folder, read_header(folder), origin_of(job, data, found))
     places = {name: value for part in (job.model, job.data) for name, value in vars(part).items() if name in PLACES}
     write_text(folder / "job.toml", jobfile.dump(_changed(read_job(folder), places).sections()))
-
-
-def _clear(folder: Path) -> None:
-    for child in folder.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()
 
 
 def _go(job: Job, folder: Path, show: Show, watch: Stopwatch, resumed: bool, loaded: Decoder | None) -> Result:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lamina import cli, replaying
 from lamina.data.examples import read_examples
 from lamina.errors import Error, OutOfMemoryError, TrainingError
 from lamina.job import read_job
+from lamina.report.replay import UNFINISHED
 from lamina.training.resume import locked
 from lamina.variants import Variant
 
@@ -123,6 +125,29 @@ def test_what_was_found_is_told(replayed: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
+def test_what_memory_ended_or_refused_is_tried_again_and_what_diverged_is_not(replayed: Path, tmp_path: Path) -> None:
+    again, path = tmp_path / "again", tmp_path / "again" / "replay.json"
+    shutil.copytree(replayed, again)
+    shutil.rmtree(again / "masked-end")  # a plan that does not fit leaves none
+    reasons = {
+        "low-scale": "out of memory (training); what was saved is untouched",
+        "masked-end": "the run needs 2.0 GiB and cpu has 1.0 GiB free",
+        "q-v-only": "step 3: the loss is not finite",
+    }
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for entry in record["entries"]:
+        if entry["name"] in reasons:
+            entry |= {"outcome": None, "facts": {}, "reason": UNFINISHED + reasons[entry["name"]]}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert cli.main(["replay", "--resume", str(again)]) == 0
+    found, whole = entries(again), entries(replayed)
+    for name in ("low-scale", "masked-end"):
+        assert (found[name]["outcome"], found[name]["facts"]) == (whole[name]["outcome"], whole[name]["facts"])
+    assert found["q-v-only"]["reason"] == UNFINISHED + reasons["q-v-only"]
+    assert len(record["entries"]) == len(found) == len(whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_replay_goes_on_to_the_same_end(
     number: signal.Signals, replayed: Path, named: list[str], tmp_path: Path
@@ -219,8 +244,11 @@ def test_a_replay_that_never_began_leaves_nothing(
         raise end
 
     monkeypatch.setattr(replaying, "own_rows", ended)  # rows are being written
-    assert cli.main(["replay", "C", *flags(named), "--out", str(tmp_path / "none")]) in (2, 130)
+    (tmp_path / "mine").mkdir()
+    for name in ("none", "mine"):
+        assert cli.main(["replay", "C", *flags(named), "--out", str(tmp_path / name)]) in (2, 130)
     assert not (tmp_path / "none").exists()
+    assert list((tmp_path / "mine").iterdir()) == [], "it was there before"
 
 
 def test_the_end_of_the_memory_is_told_with_how_the_replay_goes_on(

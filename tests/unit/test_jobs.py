@@ -3,12 +3,14 @@
 import re
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lamina import jobfile, jobs
-from lamina.job import SECTIONS, Job, settings_fingerprint
+from lamina.errors import CheckpointError
+from lamina.job import SECTIONS, Job, new_folder, settings_fingerprint
 from lamina.jobfile import Head
 from lamina.settings import build, read_toml, settings
 
@@ -117,3 +119,20 @@ def test_the_neutral_text_is_plain_prose() -> None:
     assert 2000 <= len(text.split()) <= 4000
     assert text.isascii() and len(text.split("\n\n")) >= 20
     assert all(len(paragraph.split()) >= 5 for paragraph in text.split("\n\n"))
+
+
+def test_a_place_that_is_taken_is_told_as_what_it_is(tmp_path: Path) -> None:
+    file, full, run = tmp_path / "notes.txt", tmp_path / "full", tmp_path / "run"
+    for place in (full, run):
+        place.mkdir()
+    for path in (file, full / "notes.txt", run / "job.toml"):
+        path.touch()
+    go_on = f"to go on with the run in it: lamina train --resume {run}; for a new one "
+    for place, told in (
+        (file, "is a file, expected a folder, new or empty; name another --out"),
+        (full, "is not empty; name another --out"),
+        (run, f"is not empty; {go_on}name another --out"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            new_folder(Head(out=str(place)))
+        assert str(caught.value) == f"{place}: {told}"

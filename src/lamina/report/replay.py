@@ -10,6 +10,10 @@ from lamina.understand.beside import Outcome, changes
 from lamina.understand.bootstrap import Paired
 
 COLUMNS = ("variant", "held-out loss", "ends by itself", "word for word", "tokens", "KL from base", "left in bf16")
+
+UNFINISHED = "did not finish: "
+"""Begins the reason of a variant whose run ended before it could be measured."""
+
 _NAMES = {
     "stop_rate": "answers that end by themselves",
     "exact_match": "answers that are the data's word for word",
@@ -48,6 +52,16 @@ class Entry:
     outcome: Outcome | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it was committed, and its run ended before it could be measured."""
+        return self.reason.startswith(UNFINISHED)
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the machine ended it, and not its fault."""
+        return self.reason.startswith(f"{UNFINISHED}out of memory")
 
     def as_json(self) -> dict[str, Any]:
         """The entry for machines."""
@@ -193,11 +207,21 @@ def page(letter: str, facts: Sequence[tuple[str, str]], entries: Sequence[Entry]
     """
     made = Page(f"What each fault of job {letter} did", _LEAD, facts)
     measured = [entry for entry in entries if entry.outcome is not None]
-    told = [entry for entry in entries if entry.outcome is None and entry.reason]
+    unfinished = [entry for entry in entries if entry.unfinished]
+    told = [entry for entry in entries if entry.reason and not entry.unfinished]
     chapter = made.section("Fault by fault", "What differs from the mended job, made from the numbers below.")
-    chapter.add(Sayings([(one.name, _whole(one.what, sentence(one, entries))) for one in entries if one not in told]))
+    shown = [one for one in entries if not one.reason]
+    chapter.add(Sayings([(one.name, _whole(one.what, sentence(one, entries))) for one in shown]))
+    if unfinished:
+        ended = made.section(
+            "What did not finish, and why",
+            "The reasons are the runs' own. One that diverged shows what its fault did; one that found too little memory shows nothing of "
+            "it, and lamina replay --resume tries it again.",
+        )
+        ended.add(Points([("warning", f"{entry.name}: {entry.what}", [entry.reason]) for entry in unfinished]))
     numbers = made.section(
-        "The numbers", "Every row is a run of its own in this folder; all are measured on the same held-out rows."
+        "The numbers",
+        "Every trained row has a folder of its own beside this page; all are measured on the same held-out rows.",
     )
     numbers.table(Table("Variant by variant", COLUMNS, rows(measured), _CAPTION))
     numbers.chart(*_charts(measured))

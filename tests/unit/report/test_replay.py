@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from lamina.evaluation import Answer
-from lamina.report.replay import Entry, as_json, lines, page, rows, sentence
+from lamina.report.page import Points
+from lamina.report.replay import UNFINISHED, Entry, as_json, lines, page, rows, sentence
 from lamina.understand.beside import Outcome, Row
 
 COUNT = 40
@@ -84,6 +87,20 @@ def test_entries_survive_the_way_through_their_file() -> None:
     assert [Entry.of_json(one) for one in written] == [MENDED, SEED, Entry("told", "x", reason="because")]
     loss = written[1]["difference"]["loss"]
     assert loss[0] > 0 and loss[1] <= loss[0] <= loss[2]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_did_not_finish_is_no_fault_that_was_not_committed() -> None:
+    ended = Entry("masked-end", "no loss on end tokens", reason=f"{UNFINISHED}step 3: the loss is not finite")
+    told = Entry("half-precision", "fp16 computation", reason="not committed: because")
+    made = page("A", [], [MENDED, SEED, ended, told], "job")
+    points = {s.title: block.items for s in made.sections for block in s.blocks if isinstance(block, Points)}
+    assert points == {
+        "What did not finish, and why": [("warning", "masked-end: no loss on end tokens", [ended.reason])],
+        "What was not committed, and why": [("note", "half-precision: fp16 computation", [told.reason])],
+    }
+    leads = {s.title: s.lead for s in made.sections}
+    assert leads["The numbers"].startswith("Every trained row has a folder of its own")
 
 
 def test_the_page_shows_text_of_models_as_text() -> None:
