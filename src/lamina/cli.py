@@ -42,9 +42,9 @@ _MORE_MEMORY = "what was saved is untouched; free some memory, or run where ther
 _USERS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
-    errno.EROFS: "choose a folder that can be written with --out",
-    errno.EACCES: "choose a folder that can be written with --out",
-    errno.EPERM: "choose a folder that can be written with --out",
+    errno.EROFS: "name another place, or make this one writable",
+    errno.EACCES: "name another place, or give yourself the right to this one",
+    errno.EPERM: "name another place, or give yourself the right to this one",
 }
 
 

@@ -225,24 +225,9 @@ class Answers:
         return np.array(columns, dtype=np.float64).reshape(-1, 4)
 
     @property
-    def stop_rate(self) -> float:
-        """Share of the answers that the model ended itself."""
-        return sum(row.stopped for row in self.rows) / len(self.rows)
-
-    @property
     def comparable(self) -> bool:
         """Whether any answer could be the data's, word for word: some of those are within the limit of the length."""
         return any(row.within for row in self.rows)
-
-    @property
-    def exact_match(self) -> float:
-        """Share of the answers that are the data's."""
-        return sum(row.exact for row in self.rows) / len(self.rows)
-
-    @property
-    def mean_tokens(self) -> float:
-        """Length of the answers, without stop tokens."""
-        return sum(row.tokens for row in self.rows) / len(self.rows)
 
 
 def answers(

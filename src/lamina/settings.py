@@ -203,13 +203,20 @@ def _literal(value: Any) -> str:
     """A value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, str):
+        return "".join(map(_escaped, json.dumps(value, ensure_ascii=False)))
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(key)} = {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return repr(value)
+
+
+def _escaped(character: str) -> str:
+    """A character of a text in JSON as TOML has it, whose escapes are the same: what cannot be seen may steer a terminal."""
+    if character.isprintable():
+        return character
+    return f"\\u{ord(character):04x}" if ord(character) < 2**16 else f"\\U{ord(character):08x}"
 
 
 # Flags

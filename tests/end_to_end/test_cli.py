@@ -82,6 +82,15 @@ def test_init_starts_from_a_job_and_takes_flags(capsys: pytest.CaptureFixture[st
     assert prints(capsys, "init", str(file)) == first
 
 
+def test_init_prints_nothing_that_steers_a_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file, again = tmp_path / "job.toml", tmp_path / "again.toml"
+    file.write_text('[model]\nmodel = "m\u009b31m\u202e"\n[data]\ndata = "d"\n', encoding="utf-8")
+    text = prints(capsys, "init", str(file))
+    assert not set("\x9b\u202e") & set(text) and r'model = "m\u009b31m\u202e"' in text
+    again.write_text(text, encoding="utf-8")
+    assert prints(capsys, "init", str(again)) == text
+
+
 def test_jobs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = prints(capsys, "jobs").splitlines()
     assert [line.split()[0] for line in listed] == jobs.names()
@@ -264,7 +273,12 @@ def raising(error: BaseException) -> Callable[[str], types.SimpleNamespace]:
         (
             OSError(errno.EROFS, "Read-only file system", "runs"),
             2,
-            "lamina: runs: Read-only file system; choose a folder that can be written with --out\n",
+            "lamina: runs: Read-only file system; name another place, or make this one writable\n",
+        ),
+        (
+            OSError(errno.EACCES, "Permission denied", "runs/a/.lock"),
+            2,
+            "lamina: runs/a/.lock: Permission denied; name another place, or give yourself the right to this one\n",
         ),
         (MemoryError(), 2, OUT_OF_MEMORY),
         *((RuntimeError(words), 2, OUT_OF_MEMORY) for words in SAID_OF_MEMORY),

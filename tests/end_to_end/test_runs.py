@@ -30,6 +30,7 @@ from lamina.jobfile import Head
 from lamina.model.architecture import read_config
 from lamina.model.weights import ModelSettings
 from lamina.opened import card_of, neutral_of, open_run
+from lamina.report.chapters.cost import PARTS
 from lamina.report.record import read_metrics
 from lamina.run import fine_tune, resume
 from lamina.training.loop import Training
@@ -355,8 +356,7 @@ def test_the_card_of_a_run(neutral: str | None, place: Path, tmp_path: Path) -> 
     assert len(card["adapter"]["answers"]["rows"]) == 3, "all that is held out"
     assert len(card["learnt"]["rows"]) == 3
     assert card["dose"]["scales"][0] == 0 and len(card["dose"]["task"]) == 7
-    parts = {"data", "planning", "check", "load", "base_evaluation", "training", "evaluations", "saving", "card"}
-    assert card["seconds"].keys() == parts | {"explanation"}
+    assert card["seconds"].keys() == PARTS.keys(), "all that the page has a name for"
     # The steps are a part of the training, which also opens the record and meets the heaviest micro-batch.
     assert card["seconds"]["training"] > card["training_seconds"] > 0
     again = card_of(open_run(run)).as_json()

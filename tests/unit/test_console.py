@@ -4,12 +4,17 @@ import io
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 import pytest
 
+from lamina.commands import replay, train
+from lamina.replaying import Replayed
 from lamina.report.console import Progress, before_after, clean, duration, safe_json
+from lamina.run import Result
 from lamina.training.loop import Step
+from lamina.understand.card import Card
 
 HOSTILE = "\x1b[2Jgone \x9b31m\r\x07\u202eback\ud800"
 
@@ -157,6 +162,16 @@ def test_the_change_and_what_else_there_is_to_say() -> None:
         n for n, line in enumerate(lines) if line.startswith("learnt most")
     )
     assert not set("\x1b\x9b\r\x07\u202e") & set(stream.getvalue())
+
+
+def test_the_place_of_a_run_is_cleaned_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """A job file of somebody else may name it."""
+    folder = Path(f"runs/{HOSTILE}")
+    train.show(Result(folder, Card()), as_json=False)
+    replay._print(Replayed(folder, ()), machines=False)
+    said = capsys.readouterr().out
+    assert "The run is in runs/" in said and "The replay is in runs/" in said
+    assert not set("\x1b\x9b\r\x07\u202e") & set(said)
 
 
 @pytest.mark.parametrize(

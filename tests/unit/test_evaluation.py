@@ -136,16 +136,15 @@ def test_answers_stand_beside_the_references(letters: Any) -> None:
     assert (first.stopped, first.exact, first.tokens) == (True, True, len(own_answer))
     assert (second.row, second.prompt, second.reference) == (7, "PQ", "de")
     assert (second.stopped, second.exact, second.tokens) == (expected.stopped, False, len(expected.tokens))
-    assert found.exact_match == 0.5
-    assert found.stop_rate == (1 + expected.stopped) / 2
-    assert found.mean_tokens == (len(own_answer) + len(expected.tokens)) / 2
+    tokens = (len(own_answer) + len(expected.tokens)) / 2
+    assert found.per_row().mean(0).tolist() == [(1 + expected.stopped) / 2, 0.5, tokens, 1]
 
 
 def test_an_answer_that_is_cut_off_has_not_stopped(letters: Any) -> None:
     row = conversation(1, ([BOS, 40, 41], False), ([60, END], True))
     found = answers(tiny(), [row], letters, set(), samples=5, max_new_tokens=3)
     assert found is not None
-    assert (found.stop_rate, found.mean_tokens) == (0, 3)
+    assert found.per_row()[0, [0, 2]].tolist() == [0, 3]
 
 
 def test_rows_without_prompts_give_no_answers(letters: Any) -> None:

@@ -269,6 +269,13 @@ def test_what_has_no_default_must_be_given() -> None:
     assert '# A model. (text; no default)\nmodel = "m"' in write_toml({"needs": Needs(model="m")})
 
 
+def test_what_cannot_be_seen_is_escaped_and_read_back() -> None:
+    made = Needs(model="\x7f\x9b\u202e\u2028\U000e0001é✓")
+    text = write_toml({"needs": made})
+    assert 'model = "\\u007f\\u009b\\u202e\\u2028\\U000e0001é✓"' in text
+    assert build({"needs": Needs}, read_toml(parse_toml(text.encode(), "f"), {"needs": Needs}, "f")) == {"needs": made}
+
+
 @pytest.mark.parametrize("found", ["a contradiction", "nonsense"])
 def test_what_the_section_refuses_as_a_whole_names_the_section(found: str) -> None:
     assert refused(f"[steps]\ntemplate = '{found.split()[-1]}'") == f"[steps]: found {found}, expected sense"

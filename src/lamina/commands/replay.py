@@ -55,7 +55,7 @@ def _print(found: Replayed, machines: bool) -> None:
     table(COLUMNS, rows(entries), sys.stdout)
     print()
     print("\n".join(map(clean, lines(entries))))
-    print(f"\nThe replay is in {found.folder}: a run for each variant, replay.json and replay.html")
+    print(clean(f"\nThe replay is in {found.folder}: a run for each variant, replay.json and replay.html"))
 
 
 class _Brief:

@@ -12,7 +12,7 @@ from lamina import jobfile, jobs, settings
 from lamina.commands.opening import named
 from lamina.errors import ConfigError, DataError
 from lamina.job import SECTIONS, Job
-from lamina.report.console import Progress, before_after, safe_json
+from lamina.report.console import Progress, before_after, clean, safe_json
 from lamina.run import CHANGEABLE, Result, fine_tune, resume
 
 
@@ -87,4 +87,4 @@ def show(result: Result, as_json: bool) -> None:
     else:
         card = result.card
         before_after(card.table(), card.answers(), sys.stdout, card.lines())
-        print(f"\nThe run is in {result.folder}. Go on with: lamina chat {result.folder}")
+        print(clean(f"\nThe run is in {result.folder}. Go on with: lamina chat {result.folder}"))

@@ -9,7 +9,7 @@ from lamina.report.forms import Finding, Memory
 from lamina.report.kept import Kept
 from lamina.report.page import Page, Points
 
-_PARTS = {
+PARTS = {
     "data": "reading the data",
     "planning": "planning the memory",
     "check": "the doctor's check",
@@ -18,10 +18,11 @@ _PARTS = {
     "training": "training steps",
     "evaluations": "evaluations",
     "saving": "saving",
-    "ledger": "ledger",
     "card": "card",
     "explanation": "explanation",
 }
+"""How the page calls the parts of a run's time."""
+
 ROWS = 12
 """Rows that a finding names."""
 
@@ -86,13 +87,13 @@ def _memory(memory: Memory) -> Chart:
 
 def _time(seconds: Mapping[str, float]) -> Chart:
     total = sum(seconds.values())
-    known = [name for name in _PARTS if name in seconds] + [name for name in seconds if name not in _PARTS]
+    known = [name for name in PARTS if name in seconds] + [name for name in seconds if name not in PARTS]
     largest = max(seconds, key=lambda name: seconds[name])
     share = seconds[largest] / total if total else 0.0
     return charts.bars(
         "Time",
-        f"{lasting(total)} in all; {percent(share)} of it {_PARTS.get(largest, largest)}.",
-        [_PARTS.get(name, name) for name in known],
+        f"{lasting(total)} in all; {percent(share)} of it {PARTS.get(largest, largest)}.",
+        [PARTS.get(name, name) for name in known],
         {"seconds": [seconds[name] for name in known]},
         "time (s)",
     )
