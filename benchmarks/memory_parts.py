@@ -73,25 +73,26 @@ class Work:
             for row, n in enumerate(lengths)
         ]
 
-    def run(self, model: Decoder, lora: LoRA, lengths: list[int]) -> Heaviest:
-        """Trains as ``lamina train`` does, the heaviest micro-batch first."""
+    def run(self, model: Decoder, lora: LoRA, lengths: list[int]) -> Plan:
+        """Trains as ``lamina train`` does, the heaviest micro-batch first. Returns the plan of it."""
         attach(model, lora)
         data, training = self.rows(lengths, model.architecture.vocabulary), self.training
         known = np.array(lengths)
         found = heaviest(data, known, rows_by_step(known, training, 0), training.portion)
-        rehearse(model, found.first, training)
+        planned = self.planned(model.architecture, lora, found, model.vocabulary.device)
+        rehearse(model, found.first, training, beside=planned.items["optimiser"])
         list(train(model, data, training, start(model, training), 0))
-        return found
+        return planned
 
-    def planned(self, architecture: Architecture, found: Heaviest, device: torch.device) -> Plan:
-        """The plan of it."""
+    def planned(self, architecture: Architecture, lora: LoRA, found: Heaviest, device: torch.device) -> Plan:
+        """The plan of a run with these heaviest micro-batches."""
         setup = Setup(
             architecture,
-            ranks_of(architecture, self.lora),
+            ranks_of(architecture, lora),
             DTYPES[self.job["dtype"]].itemsize,
             base=self.job["base"],
             optimizer=self.training.optimizer,
-            dropout=self.lora.dropout > 0,
+            dropout=lora.dropout > 0,
             device="cuda" if device.type == "cuda" else "cpu",
         )
         batches = [(found.first, False), *([(found.later, True)] if found.later else [])]
@@ -106,9 +107,8 @@ def from_files(job: dict[str, Any]) -> dict[str, Any]:
     work.run(load_model(job["small"], job["dtype"], device, base=job["base"]), LoRA(rank=4), [16] * len(job["lengths"]))
     meter = Meter(device)
     model = load_model(job["folder"], job["dtype"], device, base=job["base"])
-    found = work.run(model, work.lora, work.lengths)
-    measured = meter.peak()
-    return report_of(work.planned(model.architecture, found, device), measured)
+    planned = work.run(model, work.lora, work.lengths)
+    return report_of(planned, meter.peak())
 
 
 def on_gpu(job: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _trained(work: Work, device: torch.device) -> Plan:
     from drawn import drawn
 
     model = drawn(Shape(**work.job["shape"]), DTYPES[work.job["dtype"]], device, work.job["base"])
-    return work.planned(model.architecture, work.run(model, work.lora, work.lengths), device)
+    return work.run(model, work.lora, work.lengths)
 
 
 def _emptied() -> None:

@@ -90,7 +90,10 @@ class AdaptedLinear(nn.Module):
         self.train(base.training)  # on a model in evaluation mode there is no dropout
 
     def projection(self) -> Projection:
-        """What the linear computes, with a call of dropout of its own; where its strength is 0, the base alone."""
+        """What the linear computes, with a call of dropout of its own; where its strength is 0, the base alone.
+
+        Another kind of adapter, with a ``forward`` of its own, returns None: then it is called by itself (``decoder.together``).
+        """
         frozen = Projection(form_of(self.base), self.base.bias)
         if self.strength == 0.0:
             return frozen
@@ -232,6 +235,7 @@ def layers_of(text: str, layers: int) -> list[int]:
 def _broken(pattern: str) -> str | None:
     try:
         re.compile(pattern)
+        matches(pattern, "")  # within a larger expression no pattern may begin with flags
     except re.error as error:
         return str(error)
     return None

@@ -19,13 +19,13 @@ from pydantic import Field
 from torch import Tensor
 
 from lamina.adapter import adapter_scale
-from lamina.data.pack import NONE, Batch, pack
+from lamina.data.pack import Batch, pack
 from lamina.data.render import Rendered
 from lamina.errors import DataError
 from lamina.generation import Sampling, evaluating, generate
 from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
-from lamina.ops.loss import paired_scores, token_scores
+from lamina.ops.loss import IGNORED, paired_scores, token_scores
 from lamina.section import section
 
 ROWS_AT_ONCE = 1024
@@ -169,7 +169,7 @@ def gather(
         placed = [Rendered(row.tokens, row.trained, place) for place, row in enumerate(some, first)]
         first += len(some)
         for batch in pack(placed, budget):
-            supervised = batch.targets != NONE
+            supervised = batch.targets != IGNORED
             place = torch.repeat_interleave(torch.tensor(batch.rows), torch.tensor(batch.lengths))[supervised]
             columns = (place, batch.targets[supervised].to(torch.int32), *of_batch(batch))
             found.append(tuple(column.cpu().numpy() for column in columns))

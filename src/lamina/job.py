@@ -176,7 +176,7 @@ def prepare_data(job: Job, base: Path, tokenizer: Any, problems: Problems | None
 
 
 def order_of(job: Job, lengths: NDArray[np.int64]) -> Order:
-    """The order in which a job's training examples, of these lengths, are met."""
+    """The order in which a job's training examples, of these lengths, are met: the place for a curriculum of a whole run."""
     return by_length(lengths, job.train.batch_size) if "by-length" in job.faults.commit else shuffled
 
 

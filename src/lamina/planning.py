@@ -242,13 +242,9 @@ class _Needs:
 
     def choose(self, free: int) -> tuple[Choice, Plan, bool]:
         """The best choice that fits, within what the settings fix."""
-        training = self.job.train
+        tokens, layers = self.job.train.micro_batch_tokens, self.job.train.checkpoint_layers
         every = candidates(self.setup.device, self.longest, self.setup.architecture.layers, self.setup.dropout)
-        fixed = (
-            Choice(training.micro_batch_tokens or one.tokens, one.checkpointed if of is None else of)
-            for one in every
-            for of in (training.checkpoint_layers,)
-        )
+        fixed = (Choice(tokens or one.tokens, one.checkpointed if layers is None else layers) for one in every)
         return choose(iter(dict.fromkeys(fixed)), self.planned, free)
 
     def planned(self, choice: Choice) -> Plan:

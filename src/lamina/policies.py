@@ -2,7 +2,8 @@
 
 ``original``      W' = round(W₁₆ + ΔW), to the weights as they are stored: what most tools do, also where training saw others.
 ``dequantised``   W' = round(W₄ + ΔW), to the weights that training saw, made dense: base and adapter as they were, up to one
-                  rounding. Matrices without an adapter are written as training saw them too.
+                  rounding (two, where training computed in fp32 over a base that is stored in sixteen bits). Matrices without an
+                  adapter are written as training saw them too.
 ``requantised``   W' = Q(W₁₆ + ΔW): again four bits, in the format of transformers and bitsandbytes. The sum starts from the
                   stored weights: W₄ lies on the grid of Q, and an update below half a step of that grid would vanish from
                   every number at once, where from W₁₆ it tips the numbers near a threshold, as many as it is large. A base
@@ -120,10 +121,8 @@ class Pieces:
         form = FourBit(own.outputs, own.inputs, own.dtype, kind=own.kind, double=own.nested, scratch=self.spare)
         seen = self._seen(path, tensor)
         weight = seen.clone() if path in self.packed else tensor.read().to(self.dtype)
-        if update is None:
-            form.store(weight)
-        else:
-            form.store(weight)
+        form.store(weight)
+        if update is not None:
             untouched = form.dense().clone()  # W₀
             add(path, weight, seen, update)
             form.store(weight)

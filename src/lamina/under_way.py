@@ -141,7 +141,8 @@ class UnderWay:
 
     def rehearse(self, planned: Planned) -> None:
         """Meets the longest examples now rather than hours later; a resumed run too may have less memory than it needs."""
-        rehearse(self.model, planned.heaviest, self.job.train, self.state.step + 1)
+        moments = 0 if self.state.step else planned.plan.items["optimiser"]  # which the first step makes
+        rehearse(self.model, planned.heaviest, self.job.train, self.state.step + 1, moments)
         self.show.line(
             f"the heaviest micro-batch of the run ({len(planned.heaviest.tokens):,} tokens) was computed once: it fits"
         )

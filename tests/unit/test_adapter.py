@@ -200,6 +200,7 @@ def test_broken_expressions_are_all_named() -> None:
     text = refusal(targets=("q_proj", "("), rank_pattern={"[": 2})
     assert text.startswith("adapter.targets: '(' is no regular expression (missing )")
     assert "; adapter.rank_pattern: '[' is no regular expression (unterminated character set" in text
+    assert "'(?i)Q_PROJ' is no regular expression (global flags" in refusal(targets=("(?i)Q_PROJ",))
 
 
 def test_rank_larger_than_a_matrix() -> None:

@@ -80,7 +80,7 @@ def test_the_grid_of_the_gpu() -> None:
         training = work.training
         known = parts.np.array(work.lengths)
         found = parts.heaviest(data, known, parts.rows_by_step(known, training, 0), training.portion)
-        planned = work.planned(architecture, found, torch.device("cuda"))
+        planned = work.planned(architecture, work.lora, found, torch.device("cuda"))
         assert planned.total > 2**28
         assert any("planned" in line for line in parts.told(planned, lambda: []))
 

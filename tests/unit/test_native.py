@@ -164,6 +164,8 @@ def test_a_tensor_that_is_not_contiguous_is_refused() -> None:
     x = torch.zeros(32, 32, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="expected a contiguous one"):
         native.call("gate", x.t(), x, torch.empty_like(x), 1024)
+    with pytest.raises(ValueError, match="on meta, expected a contiguous one on the CPU"):
+        native.call("gate", x, x, torch.empty_like(x, device="meta"), 1024)
 
 
 MEMORY = """

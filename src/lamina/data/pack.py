@@ -14,9 +14,7 @@ from torch import Tensor
 
 from lamina.data.render import Rendered
 from lamina.errors import DataError
-
-NONE = -100
-"""The target of an input that predicts nothing."""
+from lamina.ops.loss import IGNORED
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Batch:
     @property
     def supervised(self) -> int:
         """Targets that count in the loss."""
-        return int((self.targets != NONE).sum())
+        return int((self.targets != IGNORED).sum())
 
 
 def pack(examples: Sequence[Rendered], budget: int) -> list[Batch]:
@@ -95,7 +93,7 @@ def kept_of(example: Rendered) -> int:
 def _batch(examples: list[Rendered], kept: list[int]) -> Batch:
     tokens = [example.tokens[:length] for example, length in zip(examples, kept, strict=True)]
     targets = [
-        np.where(example.trained[1 : length + 1], example.tokens[1 : length + 1], NONE)
+        np.where(example.trained[1 : length + 1], example.tokens[1 : length + 1], IGNORED)
         for example, length in zip(examples, kept, strict=True)
     ]
     return Batch(

@@ -62,14 +62,20 @@ class Linear(nn.Linear):
 def together(x: Float[Tensor, "N D"], *linears: nn.Module) -> Sequence[Tensor]:
     """The outputs of linears that read the same input, as one op where each says what it computes.
 
-    A leaf that was put in a linear's place says so by a method ``projection``. A hook wants to see its module's own call.
+    A module in a linear's place says what it computes by a method ``projection``, or None to be called by itself. So is one with a
+    hook, which wants to see its module's own call.
     """
     asked = [getattr(linear, "projection", None) for linear in linears]
-    if all(asked) and not any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+    if all(asked) and not any(map(_hooked, linears)):
         projections = [ask() for ask in asked if ask]
         if all(projections):
             return project(x, *projections)
     return [linear(x) for linear in linears]
+
+
+def _hooked(module: nn.Module) -> bool:
+    before = module._forward_pre_hooks or module._backward_pre_hooks
+    return bool(before or module._forward_hooks or module._backward_hooks)
 
 
 class Attention(nn.Module):
@@ -150,7 +156,7 @@ class Decoder(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        self.fingerprint: str | None = None  # of the files, where the weights in memory are not theirs
+        self.fingerprint: str | None = None  # of the stored weights, where those in memory were rounded from them
         self.model = Trunk(architecture)
         self.lm_head = None if architecture.tied else nn.Linear(architecture.width, architecture.vocabulary, bias=False)
 

@@ -2,9 +2,9 @@
 
 torch composes a norm, a gate or a rotation of simpler operations, each a pass over the whole tensor, its attention computes in
 fp32 what bf16 instructions do at twice the rate, and a sum of matrix products is rounded after each of them (docs/log.md).
-``attention.c`` and ``rows.c`` make one pass of each, ``products.c`` and, over a weight in int8, ``integers.c`` take the whole sum,
-``few.c`` takes it where there are few rows, and ``cached.c`` attends over a cache, as generation needs both,
-and ``memory.cpp`` keeps what torch frees for what it allocates next. The system's compiler makes libraries of them for the very
+``attention.c`` and ``rows.c`` make one pass of each; ``products.c`` and, over a weight in int8, ``integers.c`` take the whole sum.
+Generation needs a sum of few rows, ``few.c``, and attention over a cache, ``cached.c``. ``memory.cpp`` keeps what torch frees for what
+it allocates next. The system's compiler makes libraries of them for the very
 processor, once, in some seconds; they stay in the user's cache. Where that cannot be done, everything is computed by torch, as it
 is in every other precision and on every other device: the callers in ``ops`` ask with ``takes``, and their plain forms are what the
 kernels are tested against.
@@ -72,7 +72,7 @@ def call(name: str, *arguments: Argument, threads: int | None = None) -> None:
     """Calls a kernel, on all of torch's threads or on fewer; None is a null pointer, and what is ctypes' goes as it is.
 
     Raises:
-        ValueError: a tensor is not contiguous: a kernel would take its memory for another tensor's.
+        ValueError: a tensor is not contiguous, or elsewhere: a kernel would take its memory for another tensor's.
     """
     function = getattr(library(), name)
     if function.argtypes is None:
@@ -82,8 +82,10 @@ def call(name: str, *arguments: Argument, threads: int | None = None) -> None:
 
 
 def _address(x: Tensor) -> int:
-    if not x.is_contiguous():
-        raise ValueError(f"found a tensor {list(x.shape)} with strides {x.stride()}, expected a contiguous one")
+    if not (x.is_cpu and x.is_contiguous()):
+        raise ValueError(
+            f"found a tensor {list(x.shape)} with strides {x.stride()} on {x.device}, expected a contiguous one on the CPU"
+        )
     return x.data_ptr()
 
 

@@ -57,7 +57,7 @@ class Cache:
         self._keys = [layer[0, :rows] for layer in self._store]  # each [B, K, T, h]
         self._values = [layer[1, :rows] for layer in self._store]
         self._bias = self._mask[:rows, None, None] if any(self.starts) else None  # [B, 1, 1, T]
-        self._own_starts = torch.tensor(self.starts[:rows])  # for the kernel
+        self._own_starts = torch.tensor(self.starts[:rows], device="cpu")  # for the kernel
 
     def prefill(self, rows: range) -> Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]:
         """Returns the attention of the packed prompts of ``rows``, which also stores their keys and values."""
@@ -97,7 +97,7 @@ class Cache:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         keys, values, now = self._keys[layer], self._values[layer], self.used
         out = torch.empty_like(query)
-        memory = torch.empty(torch.get_num_threads() * native.ask("cached_memory", now + 1))
+        memory = torch.empty(torch.get_num_threads() * native.ask("cached_memory", now + 1), device="cpu")
         native.call(
             "cached_attention",
             query,

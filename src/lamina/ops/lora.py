@@ -1,10 +1,10 @@
 """Projections y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ of a frozen W (Hu et al. 2021, arXiv:2106.09685), plain and as one autograd op.
 
 W is frozen, so a step needs no gradient of W, only the one through it; it may be stored in any form of ``frozen``. Autograd's
-own graph for the formula keeps the projection and the scaled product, and adds two gradients of x in a pass of their own; the
-op keeps x and s·x·Aᵀ, and sums where a GEMM can. Projections of the same input, such as q, k and v, are one op, whether all of
-them are adapted or some, and the gradient of x is one sum. What dropout takes from an adapter's input is drawn again for the
-backward pass and not kept. ``plain`` is the reference that the op is tested against.
+own graph for the formula would keep the projection and the scaled product, and add two gradients of x in a pass of their own;
+the op keeps x and s·x·Aᵀ, and lets the matrix products add to what is there. Projections of the same input, such as q, k and v,
+are one op, whether all of them are adapted or some, and the gradient of x is one sum. What dropout takes from an adapter's input
+is drawn again for the backward pass and not kept. ``plain`` is the reference that the op is tested against.
 """
 
 from collections.abc import Sequence
@@ -114,7 +114,7 @@ def _products(x: Tensor, projections: Sequence[Projection]) -> tuple[tuple[Tenso
         inner, b = next(beside)
         if exact:
             outs.append(weight.multiply(taken, bias).add_(F.linear(inner, b).mul_(update.scale)))
-            inner.mul_(update.scale)
+            inner.mul_(update.scale)  # a view into narrow, which is kept as s·x·Aᵀ
         else:
             outs.append(weight.multiply(taken, bias, (inner, b.t())))
     return tuple(outs), [*narrow, *all_a, *each_b]
@@ -154,29 +154,31 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """With g the gradient of each output: ∂A = (s·g·B)ᵀ·x, ∂B = gᵀ·(s·x·Aᵀ), ∂x = Σ g·W + (s·g·B)·A."""
         projections: Sequence[Projection] = ctx.projections
         of_adapted = iter([grad for grad, (_, _, update) in zip(grads, projections, strict=True) if update])
-        masters: list[Tensor] = []
+        of_factors: list[Tensor] = []
         to_input: list[tuple[Dropout | None, Product]] = []
         if saved := ctx.saved_tensors:  # named, as a checkpointed layer gives them once
             x, *factors = saved
             readings = _readings(x, projections)
-            count, each_b = len(readings), iter(factors[2 * len(readings) :])
-            for reading, narrow, a in zip(readings, factors, factors[count:], strict=False):
-                scale, dropout, master = reading[0].scale, reading[0].dropout, reading[0].a.dtype
+            count = len(readings)
+            narrows, all_a, each_b = factors[:count], factors[count : 2 * count], iter(factors[2 * count :])
+            for reading, narrow, a in zip(readings, narrows, all_a, strict=True):
+                scale, dropout, dtype = reading[0].scale, reading[0].dropout, reading[0].a.dtype
                 mine = [next(of_adapted) for _ in reading]
-                narrow_grad = torch.empty_like(narrow)
+                narrow_grad = torch.empty_like(narrow)  # s·g·B
                 for grad, inner_grad in zip(mine, _split(narrow_grad, reading), strict=True):
                     product((grad, next(each_b)), scale=scale, out=inner_grad)
-                a_grads = _split(product((narrow_grad.t(), _through(dropout, x)), dtype=master), reading, 0)
+                a_grads = _split(product((narrow_grad.t(), _through(dropout, x)), dtype=dtype), reading, 0)
                 for grad, inner, a_grad in zip(mine, _split(narrow, reading), a_grads, strict=True):
-                    masters += a_grad, product((grad.t(), inner), dtype=master)
+                    of_factors += a_grad, product((grad.t(), inner), dtype=dtype)
                 to_input.append((dropout, (narrow_grad, a)))
         if not ctx.needs_input_grad[0]:
-            return None, None, *masters
+            return None, None, *of_factors
         whole = [through for dropout, through in to_input if dropout is None]
         x_grad = multiply_back([weight for weight, _, _ in projections], grads, *whole)
         for dropout, through in to_input:
             if dropout:
                 dropout(product(through), onto=x_grad)
-        return x_grad, None, *masters
+        return x_grad, None, *of_factors

@@ -1,14 +1,14 @@
-"""Cross-entropy from hidden states, over supervised rows only, without ever keeping the logits.
+"""Cross-entropy from hidden states, over supervised tokens only, without ever keeping the logits.
 
 For a vocabulary of 32,000 the logits of one token take as much memory as twenty of its hidden states. The head is frozen
 here, so the only gradient is the one to the hidden states; it is computed in the forward pass, slice by slice, while the
-slice's logits are at hand. Two GEMMs per supervised row, none for the others, and no logits kept: the same cost as
+slice's logits are at hand. Two matrix products over the supervised tokens, none over the others, and no logits kept: the same cost as
 training and as evaluation.
 
-A slice's logits stay in the hidden states' precision, are widened and normalised a few rows at a time, and give way in
-place to their own gradient. So the elementwise passes run over memory that a CPU's cache holds, and no slice exists in fp32.
-Rejected: exp(logit - logsumexp): a second exponential, and twice the time of the softmax and two maxima. In bf16 on a CPU a kernel of
-our own does all of it row by row, where there is one (``native``; on CUDA ``cuda``); there a second exponential is cheaper than memory
+A slice's logits stay in the hidden states' precision, are widened and normalised a few tokens at a time, and are then overwritten by
+their own gradient. So no slice exists in fp32, and the elementwise passes run over memory that a CPU's cache holds. Rejected for torch:
+exp(logit - logsumexp), a second exponential, which takes twice the time of a softmax and two maxima. In bf16 on a CPU a kernel of our
+own does all of it token by token, where there is one (``native``; on CUDA ``cuda``); there a second exponential is cheaper than memory
 for the first.
 """
 
@@ -27,13 +27,13 @@ IGNORED = -100
 """The target of a token that carries no loss, as in torch's own cross-entropy."""
 
 SLICE = 512
-"""Supervised rows whose logits exist at one time: at V = 32,000 about 33 MB in bf16, 66 MB in fp32."""
+"""Supervised tokens whose logits exist at one time: at V = 32,000 about 33 MB in bf16, 66 MB in fp32."""
 
 WIDE_SLICE = 2048
-"""The same on CUDA in training, where a product of so few rows leaves most of the device idle."""
+"""The same on CUDA in training, where a product of so few tokens leaves most of the device idle."""
 
 CHUNK = {"cpu": 16}
-"""Rows that are normalised at one time, by device: two fp32 copies at V = 32,000 are 4 MB, which a CPU's caches hold."""
+"""Tokens that are normalised at one time, by device: two fp32 copies at V = 32,000 are 4 MB, which a CPU's caches hold."""
 
 WIDE_CHUNK = 128
 """The same on all other devices, where few large kernels are faster; their copies are still no more than the slice's logits."""
@@ -42,7 +42,7 @@ WIDE_CHUNK = 128
 def cross_entropy_sum(
     hidden: Float[Tensor, "N D"], vocabulary: Float[Tensor, "V D"], targets: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, ""], int]:
-    """Computes Σ -log softmax(vocabulary·h)[target] over the rows with a target, in fp32, and the number of those rows.
+    """Computes Σ -log softmax(vocabulary·h)[target] over the tokens with a target, in fp32, and the number of those tokens.
 
     The sum is not divided: the caller divides once, by the tokens of the whole optimiser step. The gradient goes to
     ``hidden`` only; ``vocabulary`` is frozen. Targets that lie on the CPU are counted without waiting for another device.
@@ -56,11 +56,13 @@ def cross_entropy_sum(
 
 
 def slice_rows(device: str) -> int:
-    """Supervised rows whose logits exist at one time in training, by kind of device."""
+    """Supervised tokens whose logits exist at one time in training, by kind of device."""
     return WIDE_SLICE if device == "cuda" else SLICE
 
 
 class _CrossEntropySum(torch.autograd.Function):
+    """∂(-log p(target))/∂h = (p - onehot(target))·vocabulary, made in the forward pass; backward multiplies it by what arrives."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, vocabulary: Tensor, targets: Tensor) -> Tensor:
         losses = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))

@@ -64,7 +64,7 @@ def several(sums: Sequence[Sum], first: Sequence[Sum] = ()) -> list[Tensor]:
     Args:
         first: sums whose results, given as ``out``, those read.
     """
-    if few_here() and all(map(_few, first)) and all(map(_few, sums)):
+    if native.takes(*sums[0].products[0]) and few_here() and all(map(_few, (*first, *sums))):
         waits = [False] * len(sums)
         waits[0] = bool(first)
         return _by_few([*((one, False) for one in first), *zip(sums, waits, strict=True)])[len(first) :]
@@ -81,7 +81,9 @@ def _few(one: Sum) -> bool:
 
 def _computed(one: Sum) -> Tensor:
     a, b = one.products[0]
-    if faster(a.shape[0], b.shape[1]):
+    if not native.takes(a, b):  # asked first: other dtypes and devices need not wait until kernels are compiled
+        pass
+    elif faster(a.shape[0], b.shape[1]):
         if _readable(one.products, one.bias, one.out, one.dtype):
             return _by_kernel(one)
     elif few_here() and _few(one):
@@ -164,14 +166,14 @@ def _by_kernel(one: Sum) -> Tensor:
     a, b = products[0]
     rows, columns = a.shape[0], b.shape[1]
     if out is None:
-        out = torch.empty(rows, columns, dtype=dtype or a.dtype)
+        out = torch.empty(rows, columns, dtype=dtype or a.dtype, device="cpu")
     job = [out.data_ptr(), rows, columns, *out.stride(), out.dtype == torch.float32, onto]
     job += [0 if bias is None else bias.data_ptr(), len(products)]
     terms, turned = 0, False
     for a, b in products:
         job += [a.data_ptr(), b.data_ptr(), a.shape[1], *_lines(a), *_lines(b)]
         terms, turned = terms + a.shape[1] + a.shape[1] % 2, turned or a.stride(1) != 1
-    memory = torch.empty(working_memory(rows, columns, terms, turned), dtype=torch.uint8)
+    memory = torch.empty(working_memory(rows, columns, terms, turned), dtype=torch.uint8, device="cpu")
     native.call("products", (ctypes.c_long * len(job))(*job), float(scale), memory)
     increment_version(out)
     return out
@@ -184,7 +186,7 @@ def _by_few(sums: Iterable[tuple[Sum, bool]]) -> list[Tensor]:
         rows, columns = products[0][0].shape[0], products[0][1].shape[1]
         turned = columns < rows  # then the columns are the few
         if out is None:
-            out = torch.empty(rows, columns, dtype=dtype or torch.bfloat16)
+            out = torch.empty(rows, columns, dtype=dtype or torch.bfloat16, device="cpu")
         job.extend((out.data_ptr(), min(rows, columns), max(rows, columns), *out.stride()))
         job.extend((out.dtype is torch.float32, onto, turned, waits, 0 if bias is None else bias.data_ptr()))
         job.extend((_bits(scale), len(products)))

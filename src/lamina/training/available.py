@@ -98,15 +98,17 @@ class Meter:
             if sys.platform == "linux":
                 with contextlib.suppress(OSError):  # where /proc is read-only the peak is that of the whole process
                     Path("/proc/self/clear_refs").write_text("5")  # the system's own peak starts again from here
-            self.before = self._resident("VmRSS")
+            self.before = resident("VmRSS")
 
     def peak(self) -> int:
         """Bytes: of the device's allocations on CUDA, of the process's resident set elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
-        return self._resident("VmHWM") - self.before
+        return resident("VmHWM") - self.before
 
-    def _resident(self, field: str) -> int:
-        if sys.platform == "linux":
-            return _fields(Path("/proc/self/status"))[field]
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, and only ever the peak
+
+def resident(field: str) -> int:
+    """Resident bytes of this process: ``VmRSS`` now, ``VmHWM`` at most. ``ru_maxrss`` is never less than what its parent had."""
+    if sys.platform == "linux":
+        return _fields(Path("/proc/self/status"))[field]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, and only ever the peak

@@ -7,7 +7,6 @@ first step's warm-up, that the last layer's MLP too computes only tokens with a 
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -49,7 +48,8 @@ def calibrate(setup: Setup, dtype: torch.dtype, device: torch.device, tokens: in
     """Times forward and backward of one layer, and of the loss.
 
     Args:
-        setup: what the memory is planned for; the layer gets the adapted linears that occur, at their most common rank.
+        setup: what the memory is planned for; the layer gets the adapted linears that occur, each at its rank in the last layer that
+            adapts it.
         dtype: of the computation.
         tokens: of a usual micro-batch.
     """
@@ -74,8 +74,7 @@ def calibrate(setup: Setup, dtype: torch.dtype, device: torch.device, tokens: in
 def one_layer(setup: Setup, dtype: torch.dtype, device: torch.device) -> Decoder:
     """A model of one layer with random weights, in the form of the setup's base, and an adapter."""
     small = replace(setup.architecture, layers=1, windows=setup.architecture.windows[:1])
-    rank = Counter(setup.ranks.values()).most_common(1)[0][0]
-    names = tuple(sorted({path.split(".", 3)[3] for path in setup.ranks}))
+    ranks = {path.split(".", 3)[3]: rank for path, rank in setup.ranks.items()}  # by a linear's name within its layer
     with torch.device("meta"):
         model = Decoder(small).to(dtype).requires_grad_(False)
     if setup.base is not None:
@@ -88,7 +87,7 @@ def one_layer(setup: Setup, dtype: torch.dtype, device: torch.device) -> Decoder
         if isinstance(linear, QuantisedLinear):
             shape = (linear.out_features, linear.in_features)
             linear.form.store(torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator))
-    attach(model, LoRA(rank=rank, targets=names))
+    attach(model, LoRA(targets=tuple(ranks), rank_pattern=ranks))
     return model.train()
 
 

@@ -59,7 +59,7 @@ def refuse_broken_adapter(model: Decoder, step: int) -> None:
     Raises:
         TrainingError: names the step; what was saved before it is untouched.
     """
-    parameters = [parameter for module in adapted(model).values() for parameter in (module.a, module.b)]
+    parameters = [parameter for module in adapted(model).values() for parameter in module.parameters(recurse=False)]
     if not torch.isfinite(nn.utils.get_total_norm(parameters)).item():
         raise TrainingError(
             f"step {step}: its update made the adapter non-finite; nothing of it is saved, what was saved before is as it "

@@ -1,7 +1,7 @@
 """The heaviest micro-batches that a run will meet, found before its first step: which rows a step takes is known beforehand.
 
-What a step can weigh at most follows from the lengths of its rows alone, for all steps at once; only steps that could be
-heavier than the heaviest found so far are packed in earnest.
+What a step's micro-batches can weigh at most follows from the lengths of its rows alone, for all steps at once; only steps that could
+be heavier than the heaviest found so far are packed in earnest. Heavy is what has many inputs, and of as many the more targets.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,8 +23,8 @@ EPOCHS = 10_000
 that goes through these again."""
 
 STEPS = 500
-"""Steps that are packed at most: reached only where what follows the last target differs between rows that are equally long,
-or where a step is more than a micro-batch."""
+"""Steps that are packed at most, for either: reached only where what follows the last target differs between rows that are equally
+long, or where a step is more than a micro-batch."""
 
 EXAMPLES = 64_000
 """Examples that are packed at most: fewer steps of more than 128 examples, and of a step that alone takes more, its first ones."""
@@ -66,26 +66,36 @@ def heaviest(examples: Examples, lengths: NDArray[np.int64], rows: NDArray[np.in
         rows: of each step, as ``rows_by_step`` has them.
     """
     sizes = np.where(rows >= 0, lengths[rows] - 1, 0)  # the last token predicts nothing
-    most = np.maximum(sizes.max(1), np.minimum(sizes.sum(1), budget))  # of the step's heaviest micro-batch
+    longest, whole = sizes.max(1), sizes.sum(1)
+    # At most in a step's heaviest micro-batch, and in the next, if it has one.
+    most = np.maximum(longest, np.minimum(whole, budget))
+    second = np.where(whole > budget, np.minimum(whole - longest, most), -1)
     known: dict[int, tuple[int, int]] = {}  # inputs and targets of the rows that were met
-    first, later = _Found(), _Found()
-    for step in islice(_falling(most), max(1, min(STEPS, EXAMPLES // rows.shape[1]))):
-        if first.rows and first.inputs >= most[step]:
-            break
-        taken = [int(row) for row in rows[step, :EXAMPLES] if row >= 0]
-        for row in set(taken) - set(known):
-            known[row] = kept_of(example := examples[row]), int(np.count_nonzero(example.trained[1:]))
-        bins = bins_of([known[row][0] for row in taken], budget)
-        first = max(first, _found(taken, bins[0], known), key=_Found.weight)
-        later = max(later, _found(taken, bins[1], known), key=_Found.weight) if len(bins) > 1 else later
-    return Heaviest(_packed(examples, first, budget), _packed(examples, later, budget) if later.rows else None)
+    cut: dict[int, list[list[int]]] = {}  # the micro-batches of the steps that were
+    found = []
+    for place, limits in enumerate((most, second)):
+        best = _Found()
+        for step in islice(_falling(limits), max(1, min(STEPS, EXAMPLES // rows.shape[1]))):
+            if best.inputs >= limits[step]:
+                break
+            taken = [int(row) for row in rows[step, :EXAMPLES] if row >= 0]
+            for row in set(taken) - set(known):
+                known[row] = kept_of(example := examples[row]), int(np.count_nonzero(example.trained[1:]))
+            bins = cut.get(step) or bins_of([known[row][0] for row in taken], budget)
+            cut[step] = bins
+            if len(bins) > place:
+                best = max(best, _found(taken, bins[place], known), key=_Found.weight)
+        found.append(_packed(examples, best, budget) if best.rows else None)
+    first, later = found
+    assert first is not None, "every run has a step"
+    return Heaviest(first, later)
 
 
 @dataclass(frozen=True)
 class _Found:
     """A micro-batch: how heavy it is, and its rows."""
 
-    inputs: int = 0
+    inputs: int = -1
     targets: int = 0
     rows: tuple[int, ...] = ()
 

@@ -133,6 +133,9 @@ class Layer:
                 kept += 2 * n * (a.heads - a.kv_heads) * a.head_width * e  # k and v are repeated for every head
             kept += masked * e
         self.output = self._read(["self_attn.o_proj"], self.after)
+        flash = self.setup.device == "cuda" and e < FLOAT and a.head_width % 8 == 0  # see attention.by_flash
+        if flash and self.output and any(needs) and self.after == n:
+            self.output -= n * a.heads * a.head_width * e  # of the two that keep this tensor it is counted above
         return kept + self.output
 
     def _passing(self, mixing: int) -> int:
@@ -228,5 +231,5 @@ def loss_slices(setup: Setup, supervised: int) -> int:
 
 
 def loss_rows(setup: Setup, supervised: int) -> int:
-    """The supervised rows, copied, the gradient and the loss of each, and which and what they are."""
+    """The supervised rows, the gradient and the loss of each, and which and what they are."""
     return 2 * supervised * setup.architecture.width * setup.itemsize + supervised * (2 * INDEX + FLOAT)

@@ -2,12 +2,11 @@
 
 ``train`` is a generator. It yields after every optimiser step, and evaluation, saving, logging and early stopping are
 ordinary code in its caller's loop. One optimiser step takes ``batch_size`` examples; they are packed into as few
-micro-batches as the token budget allows, losses and gradients are **sums** over all of them, and the sum is divided once, by
-the step's supervised tokens. How a step is cut into micro-batches therefore changes nothing but its memory.
+micro-batches as best fit finds for the token budget, losses and gradients are **sums** over all of them, and the sum is divided once,
+by the step's supervised tokens. How a step is cut into micro-batches therefore changes its memory, with dropout its random numbers, and
+nothing else.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lamina.model.decoder import Decoder
 from lamina.ops.attention import Packed
 from lamina.ops.loss import IGNORED, cross_entropy_sum
 from lamina.section import section
+from lamina.training.available import resident
 from lamina.training.finite import refuse_broken_adapter, refuse_non_finite, refuse_silent
 from lamina.training.optimizer import Kind, Schedule, adamw, rate_factor, rule_of_thumb
 from lamina.training.order import Order, rows_of_step, shuffled, steps_of
@@ -143,7 +143,7 @@ class State:
 
 def start(model: Decoder, training: Training) -> State:
     """The state before the first step."""
-    trainable = [parameter for module in adapted(model).values() for parameter in (module.a, module.b)]
+    trainable = [parameter for module in adapted(model).values() for parameter in module.parameters(recurse=False)]
     return State(0, adamw(training.optimizer, trainable, training.weight_decay, training.betas, training.adam_eps))
 
 
@@ -153,7 +153,8 @@ def train(
     """Trains the adapter of a model, step by step, from where ``state`` is.
 
     Args:
-        order: of the examples in an epoch; at random if unset.
+        order: the examples of an epoch as indices, a function of (seed, epoch, number of examples); at random if unset. It is
+            called in every step, so what takes long is computed before. A curriculum: ``lambda *_: easiest_first``.
 
     Raises:
         TrainingError: a loss or gradient is not finite (the adapter is left as it was before that step), the update
@@ -164,17 +165,18 @@ def train(
         raise DataError("found no examples to train on, expected at least one")
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     peak, steps = training.rate(model), training.total_steps(len(examples))
-    last = None if training.steps else max(1, round(len(examples) * training.epochs))
+    last = None if training.steps else max(1, round(len(examples) * training.epochs))  # then the last step may be short
     while state.step < steps:
         began = time.perf_counter()
-        model.train()  # whoever looked at the model between two steps may have left it in evaluation mode
+        model.train()  # between two steps the caller may have left it in evaluation mode,
+        state.optimizer.zero_grad(set_to_none=True)  # or a gradient, as a step does that was broken off
         rows = rows_of_step(state.step, len(examples), training.batch_size, seed, last, order or shuffled)
         batches = pack([examples[row] for row in rows], training.portion)
         supervised = sum(batch.supervised for batch in batches)
 
         with torch.random.fork_rng(_generators()):  # the caller's generators stay as they are
             torch.manual_seed(_mix(seed, state.step))  # dropout: a function of (seed, step)
-            losses = [backward(model, batch, training) for batch in batches]
+            losses = [backward(model, batch, training) for batch in batches]  # forward too; gradients add up
         loss = torch.stack(losses).sum() / supervised
         _divide(parameters, supervised)  # the one division
         state.grad_norms = _norms(parameters)
@@ -189,7 +191,7 @@ def train(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)  # what is done between two steps has their memory
         refuse_broken_adapter(model, state.step + 1)
         state.step += 1
         tokens = sum(batch.real_tokens for batch in batches)
@@ -200,12 +202,12 @@ def train(
 def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
     """One micro-batch forward and backward: adds its gradient to the adapter's, returns the summed loss."""
     device = model.vocabulary.device
-    kept = training.checkpoint_layers or 0, training.offload_checkpoints
+    layers, offload = training.checkpoint_layers or 0, training.offload_checkpoints
     learnt = (batch.targets != IGNORED).nonzero().squeeze(1)
-    wanted = learnt.to(device, non_blocking=True) if len(learnt) < len(batch.targets) else None
+    wanted = learnt.to(device, non_blocking=True) if len(learnt) < len(batch.targets) else None  # None is all
     tokens, position = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.position))
     loss, _ = cross_entropy_sum(  # the hidden states have no name here: one would keep them through the backward pass
-        model(tokens, position, Packed(batch.lengths), *kept, wanted),
+        model(tokens, position, Packed(batch.lengths), checkpointed=layers, offload=offload, wanted=wanted),
         model.vocabulary,
         batch.targets[learnt],  # on the CPU, where they are counted without waiting for the device
     )
@@ -214,7 +216,7 @@ def backward(model: Decoder, batch: Batch, training: Training) -> Tensor:
 
 
 def _divide(parameters: list[nn.Parameter], count: int) -> None:
-    """Divides all gradients, which have no name in the loop: one would keep them into the next step."""
+    """Divides all gradients. (In the loop their names would keep them alive into the next step.)"""
     if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
         torch._foreach_div_(gradients, count)
 
@@ -230,12 +232,20 @@ def _norms(parameters: list[nn.Parameter]) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients))
 
 
-def rehearse(model: Decoder, batch: Batch, training: Training, step: int = 1) -> None:
-    """Computes a micro-batch before a step and throws its gradient away: of the heaviest, memory runs out now or never."""
+def rehearse(model: Decoder, batch: Batch, training: Training, step: int = 1, beside: int = 0) -> None:
+    """Computes a micro-batch before a step and throws its gradient away: of the heaviest, memory runs out now or never.
+
+    Args:
+        beside: bytes that are held meanwhile, for what is not there yet and will be.
+    """
+    # Written, for a CPU has no memory behind what nobody has touched.
+    held = torch.ones(beside, dtype=torch.uint8, device=model.vocabulary.device)
     with torch.random.fork_rng(_generators()):
         model.train()
+        model.zero_grad(set_to_none=True)
         loss = backward(model, batch, training)
     model.zero_grad(set_to_none=True)
+    del held
     refuse_non_finite(model, loss, loss, [batch], step)
 
 
@@ -243,8 +253,7 @@ def memory(device: torch.device) -> int:
     """Peak memory so far, in bytes: the device's allocations on CUDA, the process's resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resident("VmHWM")
 
 
 def _mix(seed: int, step: int) -> int:

@@ -133,6 +133,19 @@ def test_only_the_wanted_tokens_are_computed_at_the_end(family: str, checkpointe
     assert seen == [5, len(tokens)]
 
 
+@pytest.mark.parametrize("name", ["q_proj", "up_proj", "o_proj"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_on_any_linear_is_called(name: str, kind: str) -> None:
+    """Linears that read the same input are one op, whose modules are not called."""
+    model, seen = with_adapter(), []
+    place = "mlp" if name == "up_proj" else "self_attn"
+    linear = model.get_submodule(f"model.layers.1.{place}.{name}")
+    getattr(linear, f"register_{kind}_hook")(lambda *_: seen.append(name))
+    tokens = some_tokens(sum(LENGTHS))
+    hidden(model, tokens, LENGTHS).sum().backward()
+    assert seen == [name]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("learns", [None, "weight", "bias"])
 def test_a_frozen_linear_is_a_product_of_its_own_and_one_that_learns_is_torchs(learns: str | None, bias: bool) -> None:

@@ -206,6 +206,26 @@ def test_a_change_in_place_is_seen() -> None:
     assert out._version > before
 
 
+def test_what_is_not_bf16_waits_for_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> None:
+        raise AssertionError("the kernels were asked for")
+
+    monkeypatch.setattr(products.native, "library", asked)
+    few, many = (torch.randn(3, 8), torch.randn(8, 70)), (torch.randn(70, 8), torch.randn(8, 70))
+    assert torch.equal(product(few), few[0] @ few[1]) and product(many).shape == (70, 70)
+    assert [out.shape for out in products.several([products.Sum((few,)), products.Sum((many,))])] == [(3, 70), (70, 70)]
+
+
+@needs_kernel
+def test_the_default_device_is_not_where_the_result_lies() -> None:
+    pairs = [(matrix(70, 64, False), matrix(64, 90, True))]
+    few = [(matrix(3, 64, False), matrix(64, 90, True))]
+    expected = product(*pairs), product(*few)
+    with torch.device("meta"):
+        found = product(*pairs), product(*few)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_no_graph_is_made() -> None:
     a, b = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4)
     assert not product((a, b)).requires_grad

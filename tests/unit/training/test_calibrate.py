@@ -45,10 +45,20 @@ def test_the_layer_that_is_timed_has_the_form_of_the_setup(base: Base | None, dt
     kinds = {type(module.form).__name__ for module in quantised_of(model)}
     assert kinds == {{None: "", "int8": "Int8", "fp8": "Fp8"}.get(base, "FourBit")} - {""}
     assert len(quantised_of(model)) == (7 if base else 0)
-    assert {path: len(module.a) for path, module in adapted(model).items()} == {
-        path: 4 for path in setup.ranks if ".layers.0." in path
-    }, "at their most common rank"
+    ranks = {path: rank for path, rank in setup.ranks.items() if ".layers.0." in path}
+    assert {path: len(module.a) for path, module in adapted(model).items()} == ranks
+    assert set(ranks.values()) == {2, 4}
     assert model.vocabulary.dtype == dtype and len(model.model.layers) == 1
+
+
+def test_a_rank_that_narrow_matrices_have_not_is_timed_where_it_is() -> None:
+    """The most common rank may be more than keys and values are wide."""
+    architecture = tiny("llama-grouped").architecture
+    narrow = architecture.kv_heads * architecture.head_width
+    assert narrow < architecture.width
+    ranks = ranks_of(architecture, LoRA(rank=narrow + 1, rank_pattern={"k_proj": 2, "v_proj": 2}))
+    model = one_layer(Setup(architecture, ranks, itemsize=4), torch.float32, CPU)
+    assert {len(module.a) for module in adapted(model).values()} == {2, narrow + 1}
 
 
 def test_a_token_costs_its_share_of_the_least_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,12 @@ from models import SIZE, error, tiny
 from torch import Tensor
 
 from lamina.adapter import LoRA, adapted, attach
-from lamina.data.pack import NONE, Batch, pack
+from lamina.data.pack import Batch, pack
 from lamina.data.render import Rendered
 from lamina.model import decoder
 from lamina.model.decoder import Decoder
 from lamina.ops import lora
+from lamina.ops.loss import IGNORED
 from lamina.training.loop import Training, backward
 
 LAYERS = 3
@@ -60,7 +61,7 @@ def batches(portion: int, dead: bool) -> list[Batch]:
     whole = []
     for batch in pack([dataclasses.replace(e, trained=np.ones_like(e.trained)) for e in examples.values()], portion):
         trained = np.concatenate([examples[row].trained[1:] for row in batch.rows])
-        whole.append(dataclasses.replace(batch, targets=batch.targets.where(torch.from_numpy(trained), NONE)))
+        whole.append(dataclasses.replace(batch, targets=batch.targets.where(torch.from_numpy(trained), IGNORED)))
     return whole
 
 
@@ -75,7 +76,7 @@ def step(
         torch.nn.init.normal_(module.b, std=0.1)
     model.train()
     if whole:
-        model.forward = lambda *given: Decoder.forward(model, *given[:-1])[given[-1]]  # type: ignore[method-assign]
+        model.forward = lambda *given, wanted, **more: Decoder.forward(model, *given, **more)[wanted]  # type: ignore[method-assign]
     training = Training(learning_rate=1e-3, checkpoint_layers=checkpoint_layers)
     with pytest.MonkeyPatch.context() as patch:
         if apart:

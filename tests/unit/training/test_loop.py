@@ -1,9 +1,11 @@
 """The training step: what it counts, what it divides by, what it leaves alone."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from live import allocated_peak
 from models import examples, hidden, tiny
 from torch import Tensor
 from torch.nn import functional as F
@@ -163,6 +165,34 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
     assert next(train(model, examples(4) * 4, training, start(model, training), 0)).loss != calm[0]
 
 
+@pytest.mark.parametrize("left", [1.0, float("nan")])
+def test_a_gradient_that_was_left_is_no_part_of_a_step(left: float) -> None:
+    """By a step that was broken off, or by whoever looked between two steps; in a rehearsal too."""
+    model, disturbed = model_of(), model_of()
+    training, data = Training(batch_size=4, learning_rate=1e-3), examples(16)
+    expected = [step.grad_norm for step in train(model, data, training, start(model, training), 0)]
+
+    def leave() -> None:
+        for parameter in disturbed.parameters():
+            parameter.grad = torch.full_like(parameter, left) if parameter.requires_grad else None
+
+    leave()
+    rehearse(disturbed, pack(data[:3], 1000)[0], training)
+    leave()
+    found = []
+    for step in train(disturbed, data, training, start(disturbed, training), 0):
+        found.append(step.grad_norm)
+        leave()
+    assert found == expected
+
+
+def test_a_rehearsal_holds_what_is_not_there_yet() -> None:
+    """By torch's own record of what is alive while the loss is computed."""
+    model, training, (batch,) = model_of(), Training(), pack(examples(2), 1000)
+    peaks = [allocated_peak(partial(rehearse, model, batch, training, beside=more)) for more in (0, 10**6)]
+    assert peaks[1] - peaks[0] == pytest.approx(10**6, rel=1e-3)
+
+
 def test_length_of_a_run_and_its_rate() -> None:
     assert Training(batch_size=4, epochs=1.5).total_steps(10) == 4
     assert Training(batch_size=4, epochs=1.5, steps=7).total_steps(10) == 7
@@ -181,7 +211,7 @@ def test_rehearsal_computes_a_batch_and_leaves_no_trace() -> None:
     (batch,) = pack(data[:3], 1000)
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    rehearse(model, batch, training)
+    rehearse(model, batch, training, beside=1000)
     assert torch.equal(torch.get_rng_state(), state)
     assert seen == [len(batch.tokens)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
