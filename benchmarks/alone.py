@@ -58,12 +58,16 @@ def _generation(rows: list[Row]) -> Iterator[str]:
 def _startup(rows: list[Row]) -> Iterator[str]:
     by_threads = {row["threads"]: row for row in newest(rows)}
     chosen = [by_threads[threads] for threads in sorted(by_threads, key=int)]
-    yield f"`lamina train` on 1,000 rows and the 15 M model, in seconds, everything read before. {origin(chosen)}\n"
+    yield (
+        "`lamina train` on 1,000 rows and the 15 M model, everything read before: seconds by the clock, and seconds of processor time, of "
+        f"all threads, in all and by part. {origin(chosen)}\n"
+    )
     parts = "imports tokenizer data plan load rehearsal evaluation".split()
     lines = [
-        " | ".join([row["threads"], f"{float(row['seconds']):.1f}", *(row[part] for part in parts)]) for row in chosen
+        " | ".join([row["threads"], *(f"{float(row[name]):.1f}" for name in ("seconds", "cpu_seconds", *parts))])
+        for row in chosen
     ]
-    yield table(" | ".join(["threads", "seconds", *parts]), lines)
+    yield table(" | ".join(["threads", "seconds", "of processors", *parts]), lines)
 
 
 def _quantised(rows: list[Row]) -> Iterator[str]:

@@ -108,7 +108,7 @@ class Bench:
             at_once: so many arms' processes at one time; nothing is timed here.
         """
         print(f"gates: two steps of two rows of {self.files.name} in {precision}, beside {REFERENCE}", flush=True)
-        distinct = {(arm.program, str(arm.settings)): arm for arm in arms if not arm.bound}
+        distinct = {_alike(arm): arm for arm in arms if not arm.bound}
         with ThreadPoolExecutor(at_once) as pool:
             runs = {key: pool.submit(self._gated, arm, precision) for key, arm in distinct.items()}
         reports, found = {}, {}
@@ -133,14 +133,13 @@ class Bench:
                 arm.name, report, reference, not (arm.own_weights or rounded), approximate=rounded or arm.own_weights
             )
             print(f"  {arm.name}: {'; '.join(found[key]) or 'passed'}", flush=True)
-        return {arm: found[arm.program, str(arm.settings)] for arm in arms if not arm.bound}
+        return {arm: found[_alike(arm)] for arm in arms if not arm.bound}
 
     def _gated(self, arm: Arm, precision: str) -> dict[str, Any]:
         """The report of an arm's two steps, with the file of its gradients."""
-        gradients = self.folder / f"{arm.name}-gate.safetensors"
+        gradients = self.folder / f"{arm.name}-{arm.workload}-gate.safetensors"
         job = {"rows": str(self.files.rows("gate")), "batch": 2, "warmup": 0, "steps": 2, "gradients": str(gradients)}
-        settings = arm.settings | ({"micro": min(2, arm.settings["micro"])} if "micro" in arm.settings else {})
-        report = self.process(arm, f"gate-{precision}", **job, precision=precision, settings=settings)
+        report = self.process(arm, f"gate-{precision}", **job, precision=precision, settings=_of_two_rows(arm))
         return report | {"gradients": gradients}
 
     def rounds(self, arms: list[Arm], extent: Extent, all_on: bool = False) -> list[Arm]:
@@ -215,6 +214,16 @@ class Bench:
                 self.reports[arm][round_] |= {"seconds_to_loss": seconds, "until": until}
                 told = f"{seconds:6.1f} s" if reached else "not reached"
                 print(f"to the loss  {arm.label:28} {told}, {len(report['steps'])} steps", flush=True)
+
+
+def _of_two_rows(arm: Arm) -> dict[str, Any]:
+    """An arm's settings where a step has two rows."""
+    return arm.settings | ({"micro": min(2, arm.settings["micro"])} if "micro" in arm.settings else {})
+
+
+def _alike(arm: Arm) -> tuple[str, str]:
+    """What arms have in common that have one gate."""
+    return arm.program, str(_of_two_rows(arm))
 
 
 def miscounted(report: dict[str, Any], expected: Iterator[tuple[int, int]]) -> str:

@@ -2,12 +2,14 @@
 
 A peer's best is swept, not guessed: without recomputation, base and adapter in bf16 without autocast, and the step's rows padded to one
 rectangle, one by one without any padding (``-single``), or packed into one row, where the tool can (``-packed``). All of these are arms; a
-claim compares with the fastest of them. On a GPU a step has 32 rows, and its arms are others (``ON_GPU``): the peers pad eight rows at
-one time, for 32 of a 7B do not fit beside it without recomputation.
+claim compares with the fastest of them. On a GPU a step has 32 rows, and its arms are others (``ON_GPU``): 32 rows of a 7B do not fit
+beside it without recomputation, so the peers pad eight at one time, next to each other by length, and PEFT sixteen too.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from rows import BATCH
 
 LAMINA, BOUND, REFERENCE = "lamina", "bare-gemms", "peft"
 
@@ -75,28 +77,24 @@ _FACTORY: dict[str, Any] = {"program": "llamafactory_arm", "environment": FACTOR
 
 
 def forms(workload: str) -> tuple[Arm, ...]:
-    """The bound, and each tool with the step's rows padded to one rectangle and one by one; a short run leaves out what was slower.
-
-    LLaMA-Factory, which trains by the same trainer as TRL, is asked on text as people have it, whole and by its answers.
-    """
-    at, single = {"workload": workload}, {"micro": 1}
+    """The bound, and each tool with the step's rows padded to one rectangle and one by one; a short run leaves out what was slower."""
+    at, single, all_rows = {"workload": workload}, {"micro": 1}, {"micro": BATCH[workload]}
     padded = [
         Arm(BOUND, "bare_gemms", **at),
         Arm(LAMINA, "lamina_arm", **at),
         Arm("peft", "peft_loop", PEFT_BEST, **_P, **at),
         Arm("trl-padded", "trl_sft", TRL_BEST, **_P, **at, extra=True),
-        Arm("litgpt-padded", settings=LITGPT_BEST | {"micro": 4}, **_LITGPT, **at, extra=True),
-        Arm("torchtune-padded", settings=TUNE_BEST | {"micro": 4}, **_TUNE, **at, extra=True),
+        Arm("litgpt-padded", settings=LITGPT_BEST | all_rows, **_LITGPT, **at, extra=True),
+        Arm("torchtune-padded", settings=TUNE_BEST | all_rows, **_TUNE, **at, extra=True),
+        Arm("llamafactory-padded", settings=FACTORY_BEST, **_FACTORY, **at, extra=True),
     ]
     one_by_one = [
         Arm("peft-single", "peft_loop", PEFT_BEST | single, **_P, **at),
         Arm("trl-single", "trl_sft", TRL_BEST | single, **_P, **at),
         Arm("litgpt-single", settings=LITGPT_BEST | single, **_LITGPT, **at),
         Arm("torchtune-single", settings=TUNE_BEST | single, **_TUNE, **at, extra=True),
+        Arm("llamafactory-single", settings=FACTORY_BEST | single, **_FACTORY, **at, extra=True),
     ]
-    if workload in ("whole", "answers"):
-        padded.append(Arm("llamafactory-padded", settings=FACTORY_BEST, **_FACTORY, **at, extra=True))
-        one_by_one.append(Arm("llamafactory-single", settings=FACTORY_BEST | single, **_FACTORY, **at, extra=True))
     return (*padded, *(one_by_one if workload != "long" else ()))  # which has one row a step
 
 
@@ -126,15 +124,16 @@ ARMS = (
 def on_gpu(workload: str) -> tuple[Arm, ...]:
     """Each tool as it is fastest on a GPU, in the order in which a run that is short of time is to measure them.
 
-    torchtune packs rows up to as many tokens as a micro-batch of the padded arms has, and is compiled as its recipe offers; the
-    others lose by ``torch.compile`` where lengths change, or have none.
+    torchtune packs rows up to as many tokens as Lamina does, and is compiled as its recipe offers; the others lose by ``torch.compile``
+    where lengths change, or have none.
     """
     at, some = {"workload": workload}, {"micro": 8}
-    once, packed = {"slow": True, **at}, {"packed": 4096, "compile": True}
+    once, packed = {"slow": True, **at}, {"packed": _LARGE["micro_batch_tokens"], "compile": True}
     return (
         Arm(BOUND, "bare_gemms", **at),
         Arm(LAMINA, "lamina_arm", _LARGE, **at),
         Arm("peft", "peft_loop", PEFT_BEST | some, **_P, **at),
+        Arm("peft-sixteen", "peft_loop", PEFT_BEST | {"micro": 16}, **_P, **at),
         Arm("torchtune-packed", settings=TUNE_BEST | packed, **_TUNE, **at),
         Arm("lamina-fp8", "lamina_arm", {"base": "fp8"} | _LARGE, **at),
         Arm("lamina-nf4", "lamina_arm", {"base": "nf4"} | _LARGE, **once),

@@ -12,8 +12,8 @@ training has ended, so it stays measured as it grows. The run's own clock, where
 
 import argparse
 import json
-import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -178,18 +178,12 @@ def row_of(what: str, model: str, settings: str, found: dict[str, Any], others: 
 
 def share_of_others(work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
     """What the work returns, and the share of the processors that other programs took meanwhile (Linux)."""
+    sys.path.insert(0, str(HERE / "arms"))
+    from common import others
 
-    def busy() -> float:
-        stat = Path("/proc/stat")
-        if not stat.exists():
-            return 0.0
-        fields = [int(value) for value in stat.read_text().split("\n", 1)[0].split()[1:9]]
-        return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-
-    began, before = now(), busy()
+    began, before = time.perf_counter(), others()
     found = work()
-    end = now()
-    return found, max(0.0, busy() - before - (end[0] - began[0])) / (machine.cores() * (end[1] - began[1]))
+    return found, max(0.0, others() - before) / (machine.cores() * (time.perf_counter() - began))
 
 
 def main() -> None:

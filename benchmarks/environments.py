@@ -1,7 +1,7 @@
 """The peers' environments under ``build/``: each tool with the versions of its file in ``requirements/``, made when it is first needed.
 
 One for each, for no two of them agree on their dependencies: LLaMA-Factory holds transformers, PEFT and TRL back, torchtune needs an
-old torchao. All have the torch that Lamina is measured with.
+old torchao. All have the torch that Lamina is measured with, but unsloth, which holds it back too.
 
 On a machine without a network none can be made: ``beside`` takes the packages from folders that were laid out by hand.
 """

@@ -61,7 +61,7 @@ def measure(folder: Path, threads: int) -> dict[str, float]:
     command = [sys.executable, "-m", "lamina", "explain", str(folder), "--json"]
     before, began = others(), time.perf_counter()
     child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(child.pid, 0)
+    status, used, peak = machine.watched(child)
     seconds = time.perf_counter() - began
     if status:
         raise SystemExit("lamina explain failed")
@@ -70,7 +70,7 @@ def measure(folder: Path, threads: int) -> dict[str, float]:
     return {
         "seconds": seconds,
         "cpu_seconds": own,
-        "peak_mib": used.ru_maxrss / 1024,
+        "peak_mib": peak / 2**20,
         "others": busy,
     }
 

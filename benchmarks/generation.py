@@ -1,8 +1,9 @@
-"""Answers a second, Lamina beside transformers' ``generate`` on the same model: greedy, both in bf16, taking turns.
+"""New tokens a second, Lamina beside transformers' ``generate`` on the same model: greedy, both in bf16, taking turns.
 
 Prompts are the beginnings of guanaco's rows, or of made-up ones where those are not at hand. Each case answers one prompt, or
-sixteen of different lengths at once (transformers pads them on the left), with exactly 64 new tokens, so that both do the same. The
-``adapted`` case has an adapter of rank 16 on all linears, in PEFT's form for transformers. ``--tiny`` writes nothing.
+sixteen of different lengths at once (transformers pads them on the left), with exactly 64 new tokens, so that both do the same. Both
+run in one process, with the threads and the memory allocator that Lamina sets up for itself, and transformers at its defaults. The
+``adapted`` case has an adapter of rank 16 on all linears, in PEFT's form for transformers, unmerged. ``--tiny`` writes nothing.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 One of them is varied at a time. A step has 2,048 tokens in rows of equal length (one row where it is longer), all targets, so that
 nobody pads. At each point Lamina, the plain PEFT loop and the bare matrix products take turns; the rows of a point are written as soon
-as it is measured, and a run that was cut off goes on with ``--resume``. Points on which others took more than a tenth of the processors
-are told and not written.
+as it is measured, and a run that was cut off goes on with ``--resume``. Rows of an arm that leaves a matrix without a gradient, counts
+other tokens, or shared more than a tenth of the processors with others are told and not written.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import machine
 import results
 import rows as texts
 import workload
-from bench import BUILD, Bench, Failed
+from bench import BUILD, Bench, Failed, miscounted
 from catalogue import Arm, forms
 
 PATH = results.FOLDER / "growth_cpu.csv"
@@ -68,6 +68,7 @@ def measure(point: Point, run: str, rounds: int) -> dict[Arm, list[dict[str, Any
             except Failed as failed:
                 print(f"  {failed}", flush=True)
             else:
+                report["miscounted"] = miscounted(report, texts.counts(rows, 0, batch))
                 reports.setdefault(arm, []).append(report | {"counted": report["steps"][WARMUP:]})
     return reports
 
@@ -90,7 +91,8 @@ def rows_of(point: Point, reports: dict[Arm, list[dict[str, Any]]], fixed: dict[
             | {"tok_s": round(statistics.median(map(results.speed, own)), 1), "rounds": len(own)}
             | {"peak_gib": round(max(r["peak"] for r in own) / 2**30, 2), "others": round(loud, 3)}
             | {"versions": " ".join(f"{k} {v}" for k, v in own[0]["versions"].items()), "machine": machine.machine()}
-            | {"threads": own[0]["threads"], "faults": "; ".join(results.loudness(loud))}
+            | {"threads": own[0]["threads"]}
+            | {"faults": "; ".join([*results.silent(own), *results.miscounts(own), *results.loudness(loud)])}
         )
     return made
 

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +29,20 @@ def machine(device: str = "cpu") -> str:
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     line = f"{cpu}, {cores()} cores, {gib:.0f} GiB{', ' + flags if flags else ''}"
     return f"{gpu()}; {line}" if device == "cuda" else line
+
+
+def watched(child: subprocess.Popen) -> tuple[int, resource.struct_rusage, int]:
+    """Waits for a child: its exit status, what it used, and its peak of resident bytes, asked while it runs (Linux).
+
+    ``ru_maxrss`` would be no less than this process's own peak: a child inherits that of its parent.
+    """
+    peak, status = 0, Path(f"/proc/{child.pid}/status")
+    while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+        lines = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
+        peak = max(peak, next((1024 * int(line[1]) for line in lines if line[0] == "VmHWM:"), 0))
+        time.sleep(0.005)
+    child.returncode = os.waitstatus_to_exitcode(ended[1])
+    return child.returncode, ended[2], peak
 
 
 def gpu() -> str:

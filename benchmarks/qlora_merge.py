@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+from machine import watched
 from workload import DATA, Shape
 
 POLICIES = ("original", "dequantised", "requantised")
@@ -86,10 +87,9 @@ class Merges:
 
     def _timed(self, *arguments: str) -> tuple[float, int]:
         began = time.perf_counter()
-        child = subprocess.Popen(
-            [sys.executable, "-m", "lamina", *arguments], env=self.environment, stdout=subprocess.DEVNULL
-        )
-        _, status, used = os.wait4(child.pid, 0)
+        command = [sys.executable, "-m", "lamina", *arguments]
+        child = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL)
+        status, _, peak = watched(child)
         if status:
-            sys.exit(f"merge: `lamina {arguments[0]}` ended with status {os.waitstatus_to_exitcode(status)}")
-        return time.perf_counter() - began, used.ru_maxrss * 1024
+            sys.exit(f"merge: `lamina {arguments[0]}` ended with status {status}")
+        return time.perf_counter() - began, peak

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "arms"))
 import machine
-from common import others
+from common import forget_peak, others, resident
 from qlora_share import share
 
 from lamina.adapter import LoRA, attach
@@ -60,7 +60,7 @@ def load(folder: str, small: str, base: str) -> dict[str, Any]:
     began = time.perf_counter()
     model = load_model(folder, "bf16", "cpu", base=base)
     seconds = time.perf_counter() - began
-    peak, kept = _status("VmHWM") - baseline, _status("VmRSS") - baseline
+    peak, kept = resident("VmHWM") - baseline, resident("VmRSS") - baseline
     predicted = weights(Setup(model.architecture, {}, base=base))
     widest = max(outputs * inputs for outputs, inputs in shapes(model.architecture).values())
     largest = widest * torch.bfloat16.itemsize
@@ -86,9 +86,9 @@ def training(
     baseline = _settled()
     model = _adapted(folder, base, lora)
     rows = _rows(steps, tokens, model.architecture.vocabulary)
-    _forget_peak()  # loading had its own
+    forget_peak("cpu")  # loading had its own
     done = list(train(model, rows, settings, start(model, settings), seed=0))
-    peak = _status("VmHWM") - baseline
+    peak = resident("VmHWM") - baseline
     (batch,) = pack(rows[:1], tokens)
     setup = in_process(Setup(model.architecture, ranks_of(model.architecture, lora), base=base))
     predicted = plan(setup, Portion(batch.lengths, batch.supervised, checkpointed))
@@ -156,17 +156,8 @@ def _forget_pages(folder: str) -> None:
 def _settled() -> int:
     """Resident bytes with all that is garbage given back; the peak is counted from here."""
     gc.collect()
-    _forget_peak()
-    return _status("VmRSS")
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    forget_peak("cpu")
+    return resident("VmRSS")
 
 
 PARTS = {part.__name__: part for part in (read, load, training, kernels, share)}

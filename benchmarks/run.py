@@ -46,7 +46,9 @@ def compare(options: argparse.Namespace) -> None:
     until = time.time() + 60 * options.minutes if options.minutes else None
     date, commit, run = results.stamp()
     if options.resume:
-        run, commit = options.resume, options.resume.partition("-")[2]
+        run, now, commit = options.resume, commit, options.resume.partition("-")[2]
+        if now != commit:
+            sys.exit(f"--resume {run}: found the sources of {now}, expected those that it was begun with, {commit}")
     how = {"device": device, "larger": rows.LARGER if large else 1, "sites": options.sites, "until": until}
     with ProcessPoolExecutor(
         1, mp_context=get_context("spawn")

@@ -28,7 +28,7 @@ from lamina.training.loop import start, train
 WARMUP, STEPS, BATCH = 2, 5, 4
 SCOPES = {
     "_CrossEntropySum": "loss",
-    "_AdaptedLinear": "adapted linear",
+    "_Project": "adapted linear",
     "_Rotate": "rotary",
     "_Kernel": "attention",
     "_RMSNorm": "norm",

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ GEMMS = {
     "aten::_int_mm",
     "aten::_scaled_mm",
 }
-GEMMS |= {"lamina::products", "lamina::integer_products"}  # where Lamina's own kernels are told to the profiler
+# Where Lamina's own kernels are told to the profiler.
+GEMMS |= {"lamina::products", "lamina::few_products", "lamina::integer_products"}
 GEMMS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}  # litgpt multiplies by B as a convolution
 Row = dict[str, list[int]]
 
@@ -93,9 +94,15 @@ class Job:
         return self.warmup + self.steps + self.profile
 
     def examples(self) -> list[Row]:
-        """The rows of all steps of this process, in order: ``input_ids``, ``labels`` (not shifted, as usual in Hugging Face)."""
-        rows = read_rows(self.rows)
-        return [rows[(self.first + index) % len(rows)] for index in range(self.batch * self.all_steps)]
+        """The rows of all steps of this process, in order: ``input_ids``, ``labels`` (not shifted, as usual in Hugging Face).
+
+        Those of a step come longest first: it is the same step, and whoever pads some rows at a time pads least.
+        """
+        rows, ordered = read_rows(self.rows), []
+        for first in range(self.first, self.first + self.batch * self.all_steps, self.batch):
+            step = [rows[index % len(rows)] for index in range(first, first + self.batch)]
+            ordered += sorted(step, key=lambda row: -len(row["input_ids"]))
+        return ordered
 
     def batches(self) -> Iterator[list[Row]]:
         """The rows of each step."""
@@ -143,8 +150,7 @@ class Record:
         self.held_out: list[float] = []
         self.divisor, self.peak, self.gemm_share, self._stood = 1, 0, None, 0.0
         self._profiler: Any = None
-        if job.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()  # of training: how an arm's weights came there says nothing of its tool
+        forget_peak(job.device)  # of training: how an arm's weights came there says nothing of its tool
         parts = {name: part if isinstance(part, Part) else Part(part) for name, part in trained.items()}
         self._silent, self._gradients = set(parts), {}
         self._handles = [
@@ -229,11 +235,31 @@ def gemm_seconds(profiler: Any, device: str = "cpu") -> float:
     return sum(getattr(e, own) for e in profiler.key_averages() if e.key in GEMMS) / 1e6
 
 
+def forget_peak(device: str) -> None:
+    """Lets the peak begin anew."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with suppress(OSError):  # where /proc cannot be written the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak(device: str) -> int:
-    """Most memory so far, in bytes: of the process, or on a GPU of its allocations there since the model was loaded."""
+    """Most memory since the peak was forgotten, in bytes: resident of the process, or on a GPU its allocations there.
+
+    Linux hands on the ``ru_maxrss`` of whoever starts a process, so its own mark is asked there.
+    """
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if sys.platform == "linux":
+        return resident("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def resident(field: str) -> int:
+    """Resident bytes of this process: ``VmRSS`` now, ``VmHWM`` at most. Linux only."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def others() -> float:
@@ -245,6 +271,11 @@ def others() -> float:
         cores = [[int(word) for word in line.split()[1:9]] for line in lines if line.split(maxsplit=1)[0] in mine]
     busy = sum(sum(core) - core[3] - core[4] for core in cores)  # all but idle and waiting for a disk
     return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def length(rows: list[Row]) -> int:
+    """Tokens of some rows."""
+    return sum(len(row["input_ids"]) for row in rows)
 
 
 def supervised(rows: list[Row]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning
 import torch
-from common import IGNORED, Job, Part, Record, fill, rank_and_scale, supervised
+from common import IGNORED, Job, Part, Record, fill, length, rank_and_scale, supervised
 from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 from litgpt.utils import chunked_cross_entropy
@@ -21,8 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transplant import hf_config, weight_files
-
-PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 def config_of(job: Job) -> Config:
@@ -116,7 +114,7 @@ def main() -> None:
         fabric.clip_gradients(model, optimizer, max_norm=job.clip)
         optimizer.step()
         optimizer.zero_grad()
-        record.end(torch.stack(losses).sum().item(), sum(len(row["input_ids"]) for row in rows), targets)
+        record.end(torch.stack(losses).sum().item(), length(rows), targets)
     record.write()
 
 

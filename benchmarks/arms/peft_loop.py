@@ -9,7 +9,7 @@ from importlib.metadata import version
 import peft
 import torch
 import transformers
-from common import IGNORED, Job, Record, peft_parameters, supervised
+from common import IGNORED, Job, Record, length, peft_parameters, supervised
 from torch import Tensor
 
 
@@ -71,18 +71,17 @@ def main() -> None:
     record, micro = Record(job, named, logits, versions(job)), job.settings.get("micro", job.batch)
     for rows in job.batches():
         record.begin()
-        tokens, targets, losses = 0, supervised(rows), []
+        targets, losses = supervised(rows), []
         for first in range(0, len(rows), micro):
             batch = pad(rows[first : first + micro], job.device)
             with job.mixed():
                 loss = model(**batch, use_cache=False, num_items_in_batch=targets).loss
             loss.backward()
             losses.append(loss.detach())
-            tokens += int(batch["attention_mask"].sum())
         torch.nn.utils.clip_grad_norm_(named.values(), job.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        record.end(torch.stack(losses).sum().item(), tokens, targets)
+        record.end(torch.stack(losses).sum().item(), length(rows), targets)
     record.write()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torchtune
-from common import IGNORED, Job, Part, Record, Row, fill, rank_and_scale, supervised
+from common import IGNORED, Job, Part, Record, Row, fill, length, rank_and_scale, supervised
 from safetensors.torch import load_file
 from torchtune import modules, training
 from torchtune.data import padded_collate_sft
@@ -87,11 +87,6 @@ def packs_of(rows: list[Row], most: int) -> list[list[Row]]:
     for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
         min(packs, key=length).append(row)
     return packs
-
-
-def length(rows: list[Row]) -> int:
-    """Tokens of some rows."""
-    return sum(len(row["input_ids"]) for row in rows)
 
 
 def packed_batch(rows: list[Row], width: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 from unsloth import FastLanguageModel  # isort: skip  # it wants to be the first
 
 import torch
-from common import Job, Part, Record, fill, peft_parameters, rank_and_scale, supervised
+from common import Job, Part, Record, fill, length, peft_parameters, rank_and_scale, supervised
 from peft_loop import pad
 from torch import Tensor, nn
 
@@ -73,7 +73,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(named.values(), job.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        record.end(torch.stack(losses).sum().item(), sum(len(row["input_ids"]) for row in rows), targets)
+        record.end(torch.stack(losses).sum().item(), length(rows), targets)
     record.write()
 
 

@@ -45,8 +45,9 @@ def test_a_short_run_takes_no_longer_ones_place(plots: ModuleType, monkeypatch: 
     tables, results, catalogue = map(importlib.import_module, ("tables", "results", "catalogue"))
     known = {"workload": "m, rows, 4 rows a step, whole"}
 
-    def run(name: str, steps: int) -> list[dict[str, str]]:
-        return [known | {"run": name, "arm": arm, "steps": str(steps)} for arm in ("lamina", "peft")]
+    def run(name: str, steps: int, rounds: int = catalogue.FULL.rounds) -> list[dict[str, str]]:
+        counts = {"steps": str(steps), "rounds": str(rounds)}
+        return [known | counts | {"run": name, "arm": arm} for arm in ("lamina", "peft")]
 
     def shown(*runs: list[dict[str, str]]) -> str:
         rows = [row for run in runs for row in run]
@@ -58,6 +59,7 @@ def test_a_short_run_takes_no_longer_ones_place(plots: ModuleType, monkeypatch: 
     full, quick = catalogue.FULL.steps, catalogue.QUICK.steps
     assert shown(run("a", full), run("b", full), run("c", quick)) == "b"
     assert shown(run("a", quick), run("b", quick)) == "b"
+    assert shown(run("a", full), run("b", full, rounds=1)) == "a"
 
 
 def growth_rows() -> list[dict[str, str]]:

@@ -56,6 +56,28 @@ def test_ratios_are_paired_by_round() -> None:
     assert found["lamina"]["lamina_is_times_faster"] == 1.0
 
 
+def test_the_rows_of_a_step_come_longest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stay in their step: whoever pads two of four rows at a time computes 3 + 3 + 2 + 2 tokens and not 3 * 4."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "arms"))
+    lengths = [1, 3, 2, 3, 4, 1]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps({'input_ids': [7] * n, 'labels': [7] * n})}\n" for n in lengths))
+    about = {"model": "", "adapter": "", "threads": 1, "precision": "bf16", "learning_rate": 0.0, "clip": 1.0}
+    job = module("common").Job(rows=str(file), first=0, batch=4, warmup=1, steps=1, result="", **about)
+    assert [[len(row["input_ids"]) for row in step] for step in job.batches()] == [[3, 3, 2, 1], [4, 3, 1, 1]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's own peak is read from /proc")
+def test_a_childs_peak_is_not_its_parents() -> None:
+    """A parent of 300 MB starts a child of some ten; ``ru_maxrss`` would say 300."""
+    held = bytearray(300 * 10**6)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3); raise SystemExit(3)"])
+    status, used, peak = module("machine").watched(child)
+    assert (status, len(held)) == (3, 300 * 10**6)
+    assert 10**6 < peak < 100 * 10**6
+    assert used.ru_utime > 0
+
+
 def test_an_arm_that_shares_no_round_has_no_ratio() -> None:
     found = rows({"lamina": [report(0, 80.0)], "peft": [report(1, 40.0)]})
     assert found["peft"]["lamina_is_times_faster"] == "" and found["peft"]["of_bound"] == ""
@@ -92,6 +114,9 @@ def test_the_arms_of_a_run() -> None:
         for tool in ("trl", "litgpt", "torchtune", "llamafactory")
         for how in ("padded", "single", "default")
     } <= every
+    for workload in ("answers", "templated", "dense"):
+        tools = {arm.contest[0] for arm in catalogue.chosen(None, workload, quick=False)}
+        assert tools == {"bare", "lamina", "peft", "trl", "litgpt", "torchtune", "llamafactory"}
     with pytest.raises(SystemExit, match="no arm is called 'peff', expected some of: bare-gemms, lamina"):
         catalogue.chosen("peff", "whole", quick=False)
     with pytest.raises(SystemExit, match="no workload is called 'hole'"):
@@ -170,11 +195,11 @@ def test_the_arms_of_a_gpu() -> None:
     catalogue = module("catalogue")
     arms = catalogue.chosen(None, "whole", False, catalogue.ON_GPU)
     names = [arm.name for arm in arms]
-    assert names[:4] == ["bare-gemms", "lamina", "peft", "torchtune-packed"]
+    assert names[:5] == ["bare-gemms", "lamina", "peft", "peft-sixteen", "torchtune-packed"]
     references = {arm.base for arm in arms if arm.tool == "peft"}
     assert references == {"bf16", "nf4"}
     padded = [arm for arm in arms if arm.environment and "packed" not in arm.settings]
-    assert all(arm.settings["micro"] == 8 for arm in padded)
+    assert all(arm.settings["micro"] == (16 if arm.name == "peft-sixteen" else 8) for arm in padded)
     slow = next(arm for arm in arms if arm.slow)
     assert (catalogue.GPU.of(slow, 0), catalogue.GPU.of(slow, 1)) == ((2, 5), (0, 0))
 
@@ -336,6 +361,24 @@ def test_the_bound_counts_the_products_of_the_step(tmp_path: Path, monkeypatch: 
     assert flops["LoRA"] == 2 * 3 * (3 * a + 3 * b - 2 * 3 * 8)
     assert flops["head"] == 4 * 2 * 32 * 8
     assert set(bare.timed()[0]) == set(flops)
+
+
+def test_the_profile_knows_the_adapted_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd's names of our own operations are in its list; one that is renamed would fall into "elementwise and other"."""
+    from lamina.ops import attention, lora, loss, norm, rotary, swiglu
+
+    scopes = module("step_profile").SCOPES
+    ours = [name for name in scopes if name.startswith("_") and name[1].isupper()]
+    found = {name for place in (attention, lora, loss, norm, rotary, swiglu) for name in vars(place)}
+    assert ours and set(ours) <= found
+
+
+def test_a_run_is_gone_on_with_from_its_own_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = module("run")
+    monkeypatch.setattr(run.results, "stamp", lambda: ("d", "bbb", "t-bbb"))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tiny", "--resume", "t-aaa"])
+    with pytest.raises(SystemExit, match="--resume t-aaa: found the sources of bbb, expected those that .*, aaa"):
+        run.main()
 
 
 @pytest.mark.slow
