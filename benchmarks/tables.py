@@ -138,8 +138,8 @@ def _overview() -> Iterator[str]:
                 f"{best['lamina_is_times_faster']} × {best['arm']}{_once(best)} | {share:.2f} of {lean['arm']}{_once(lean)}"
             )
     if lines:
-        head = "workload | model | Lamina, real tok/s | of the bound | as fast as the fastest peer | memory, by the leanest peer"
-        yield table(head, lines)
+        head = "workload | model | Lamina, real tok/s | of the bound | times as fast as the fastest peer"
+        yield table(f"{head} | memory, as a share of the leanest peer's", lines)
 
 
 def summary(rows: list[Row]) -> str:

@@ -141,7 +141,7 @@ def test_a_hook_on_any_linear_is_called(name: str, kind: str) -> None:
     place = "mlp" if name == "up_proj" else "self_attn"
     linear = model.get_submodule(f"model.layers.1.{place}.{name}")
     getattr(linear, f"register_{kind}_hook")(lambda *_: seen.append(name))
-    tokens = some_tokens(sum(LENGTHS))
+    tokens = some_tokens(LENGTHS)
     hidden(model, tokens, LENGTHS).sum().backward()
     assert seen == [name]
 
